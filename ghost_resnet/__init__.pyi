@@ -1,0 +1,2 @@
+from .ghost_resnet import GhostResNet as GhostResNet
+from .layers import GhostModule as GhostModule
