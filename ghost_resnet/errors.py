@@ -1,5 +1,7 @@
 """Every error that the package raises on purpose. Each says what was expected, what came and what to do."""
 
+from pathlib import Path
+
 
 class GhostResNetError(Exception):
     """Base of all errors of this package."""
@@ -7,3 +9,60 @@ class GhostResNetError(Exception):
 
 class UnsupportedArgumentError(GhostResNetError, TypeError):
     """A network or block was given an argument that it does not know or can't honour."""
+
+
+class UnreadableImageError(GhostResNetError, ValueError):
+    """A file, byte string or array can't be read as a photo."""
+
+
+class DataError(GhostResNetError, ValueError):
+    """A folder of photos or a split file is not what it should be."""
+
+
+class SurgeryError(GhostResNetError, ValueError):
+    """A network is not one that surgery or distillation can work on, or its images are not images."""
+
+
+class RecipeError(GhostResNetError, ValueError):
+    """A training recipe has an unknown key or a value of the wrong type."""
+
+
+class RunError(GhostResNetError):
+    """A run folder can't be written to, resumed or read."""
+
+
+class TrainingError(GhostResNetError):
+    """Training can't go on."""
+
+
+class SourceError(GhostResNetError, ValueError):
+    """A name means no weights: no tag, folder, file or hub repository."""
+
+
+class ConfigError(GhostResNetError, ValueError):
+    """A `config.json` can't be used."""
+
+
+class WeightsError(GhostResNetError, ValueError):
+    """A weights file is damaged, or does not fit its network."""
+
+
+class DownloadError(GhostResNetError, OSError):
+    """The hub can't be reached, refuses, or lacks a file."""
+
+
+class IntegrityError(GhostResNetError, OSError):
+    """A file's hash is not the expected one.
+
+    Attributes:
+        file: The file.
+        expected: Its expected hash.
+        got: The hash of what is there.
+        repair: The command that repairs it.
+        aside: Where the bad file has been moved to; None if it could not be moved.
+    """
+
+    def __init__(self, file: Path, expected: str, got: str, repair: str, aside: Path | None) -> None:
+        moved = f"moved aside to {aside}" if aside else "it could not be moved aside, so remove it yourself"
+        super().__init__(f"{file} is damaged: expected hash {expected}, got {got}; {moved}; repair: {repair}")
+        self.file, self.expected, self.got, self.repair, self.aside = file, expected, got, repair, aside

@@ -1,0 +1,605 @@
+"""Weights: from a source that a user names to verified files, to a model, and back to a folder or a hub.
+
+A source is one of
+
+* a tag of this package's manifest, `ghost_resnet50_cifar.report`, or an architecture for its first tag;
+* a run folder (`model.safetensors` beside `config.json`), or `local-dir:FOLDER`;
+* a `.safetensors` file with `config.json` beside it;
+* `hf-hub:owner/repo@revision`, a repository in timm's format whose architecture is one of this package's.
+
+Every door (timm's `pretrained=True`, `torch.hub`, `GarbageClassifier.from_pretrained`, the command line) goes
+through `resolve`. Weights are safetensors only, never a pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from inspect import signature
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from .errors import ConfigError, DownloadError, IntegrityError, SourceError, WeightsError
+from .files import atomic_path, write_text
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+_logger = logging.getLogger(__name__)
+
+WEIGHTS = Path(__file__).parent / "weights"
+"""Folder of the manifest and the embedded weights."""
+
+_WEIGHTS_NAME = "model.safetensors"
+_CONFIG_NAME = "config.json"
+_CONFIG_LIMIT = 16 * 2**20  # bytes; ImageNet-21k's labels with descriptions need two million
+_SUFFIXES = (".safetensors", ".onnx", ".xml")  # torch's own and the exported runtimes'
+_PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".tar")
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_GIT_SHA1 = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """What a source resolves to: files on this disk, verified where there is something to verify against.
+
+    Attributes:
+        weights: The weights file.
+        config: Content of `config.json` in timm's format.
+        source: What the user gave.
+    """
+
+    weights: Path
+    config: dict[str, Any]
+    source: str
+
+    @property
+    def architecture(self) -> str:
+        """Name of the network in timm's registry."""
+        return self.config["architecture"]
+
+    @property
+    def num_classes(self) -> int:
+        """Outputs of the network; may be more than there are labels."""
+        return self.config.get("num_classes", self.config["pretrained_cfg"].get("num_classes"))
+
+    @property
+    def temperature(self) -> float:
+        """What the outputs are divided by before the softmax."""
+        return self.config.get("temperature", 1.0)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of the outputs."""
+        names = self.config.get("label_names") or self.config["pretrained_cfg"].get("label_names") or ()
+        return tuple(names)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tag of the manifest.
+
+    Attributes:
+        architecture: Name of the network in timm's registry.
+        num_classes: Outputs of the network.
+        classes: Names of the classes; may be fewer than `num_classes`.
+        parameters: Parameter count of the network.
+        file: Name of the weights file below `WEIGHTS`, whether or not this installation has it.
+        size: Its size in bytes.
+        sha256: Its hash.
+        hf_hub_id: `owner/repo` that holds the same file as `model.safetensors`, if any does.
+        revision: Commit or git tag of that repository.
+        preprocessing: timm's data configuration: `input_size`, `mean` and so on.
+        metrics: What was measured, with the list of photos it was measured on.
+        license: SPDX identifier.
+        origin: How the weights came to be.
+        date: Day they were made, ISO format.
+    """
+
+    architecture: str
+    num_classes: int
+    classes: list[str]
+    parameters: int
+    file: str
+    size: int
+    sha256: str
+    hf_hub_id: str | None
+    revision: str | None
+    preprocessing: dict[str, Any]
+    metrics: dict[str, Any]
+    license: str
+    origin: str
+    date: str
+
+    @property
+    def embedded(self) -> Path:
+        """Where the weights file is if this installation has it."""
+        return WEIGHTS / self.file
+
+    def config(self, tag: str) -> dict[str, Any]:
+        """Content of `config.json` in timm's format."""
+        return {
+            "architecture": self.architecture,
+            "num_classes": self.num_classes,
+            "label_names": list(self.classes),
+            "metrics": self.metrics,
+            "pretrained_cfg": {
+                **self.preprocessing,
+                "num_classes": self.num_classes,
+                "tag": tag.partition(".")[2],
+                "first_conv": "conv1",
+                "classifier": "fc",
+                "license": self.license,
+                "description": self.origin,
+            },
+        }
+
+
+def manifest() -> dict[str, Entry]:
+    """Return the weights that this package knows, by tag."""
+    entries = json.loads((WEIGHTS / "manifest.json").read_text(encoding="utf-8"))
+    return {tag: Entry(**entry) for tag, entry in entries.items()}
+
+
+def default_tag() -> str:
+    """The weights that are meant when none are named: the manifest's first.
+
+    Raises:
+        SourceError: This version ships no weights.
+    """
+    if not (tags := list(manifest())):
+        raise SourceError("no weights come with this version: name a run folder, a file or a hub repository")
+    return tags[0]
+
+
+def resolve(source: str | Path, *, cache_dir: str | Path | None = None) -> ModelFiles:
+    """Find the files that a source names, download them if they are nowhere here, and verify them.
+
+    A tag is looked for in the package, then in the local cache, then on the hub. Its full sha256 is checked
+    each time. Files of a hub repository are checked against the hash that the hub announced.
+
+    Args:
+        source: Tag, run folder, weights file, `local-dir:FOLDER` or `hf-hub:owner/repo@revision`.
+        cache_dir: Cache of downloads in place of Hugging Face's (`HF_HOME`).
+
+    Returns:
+        The weights file and the configuration that goes with it.
+
+    Raises:
+        SourceError: Nothing by that name.
+        IntegrityError: A file is not what it should be. It has been moved aside.
+        DownloadError: The hub can't be reached, refuses, or has no such file.
+        ConfigError: `config.json` can't be used.
+    """
+    name = str(source)
+    tag = _tag(name)
+    if tag:
+        return _resolve_tag(tag, cache_dir)
+    if name.startswith("hf-hub:"):
+        return _resolve_hub(name, cache_dir)
+    return _resolve_local(name)
+
+
+def _tag(name: str) -> str | None:
+    """The manifest's tag that `name` means: itself, or an architecture's first."""
+    return next((tag for tag, entry in manifest().items() if name in (tag, entry.architecture)), None)
+
+
+def _resolve_tag(tag: str, cache_dir: str | Path | None) -> ModelFiles:
+    entry = manifest()[tag]
+    repair = "pip install --force-reinstall --no-deps ghost-resnet"
+    if entry.hf_hub_id:
+        repair = f"ghost-resnet hub download {tag}"
+    path = entry.embedded
+    if not path.is_file():
+        if entry.hf_hub_id is None:
+            raise SourceError(
+                f"the weights of {tag} are not here: expected {path}, and no hub has them; run `{repair}`"
+            )
+        path = _download(entry.hf_hub_id, entry.revision, _WEIGHTS_NAME, cache_dir, cached_first=True)
+    _verify(path, entry.sha256, repair)
+    return ModelFiles(path, entry.config(tag), tag)
+
+
+def _resolve_hub(source: str, cache_dir: str | Path | None) -> ModelFiles:
+    repo, _, revision = source.removeprefix("hf-hub:").partition("@")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        raise SourceError(f"expected hf-hub:owner/repo or hf-hub:owner/repo@revision, got {source!r}")
+    paths = []
+    for name in (_CONFIG_NAME, _WEIGHTS_NAME):
+        path = _download(repo, revision or None, name, cache_dir)
+        if path.is_symlink():  # to a blob that is named by the hash that the hub announced
+            _verify(path, Path(path.readlink()).name, f"ghost-resnet hub download {source}")
+        else:
+            _logger.warning("%s can't be verified: this cache has no links to its files' hashes", path)
+        paths.append(path)
+    config = _read_config(paths[0])
+    if not config["architecture"].startswith("ghost_resnet"):
+        raise ConfigError(
+            f"{source}: expected an architecture of this package (ghost_resnet...), got "
+            f"{config['architecture']!r}; open it by timm.create_model({source!r}, pretrained=True)"
+        )
+    return ModelFiles(paths[1], config, source)
+
+
+def _resolve_local(source: str) -> ModelFiles:
+    path = Path(source.removeprefix("local-dir:")).expanduser()
+    if path.is_dir():
+        path = path / _WEIGHTS_NAME
+        if not path.is_file():
+            raise SourceError(f"expected {_WEIGHTS_NAME} in the folder {path.parent}, got none")
+    elif not path.is_file():
+        known = ", ".join(manifest()) or "none yet"
+        raise SourceError(
+            f"{source!r} is no tag (known: {known}), folder or file; a hub repository is hf-hub:owner/repo"
+        )
+    if path.suffix in _PICKLES:
+        raise SourceError(
+            f"expected a .safetensors file, got {path}, which may hold a pickle; weights of the report's own "
+            f"code are converted by `ghost-resnet hub convert {path} --out FOLDER`"
+        )
+    if path.suffix not in _SUFFIXES:
+        raise SourceError(f"expected a file that ends with one of {', '.join(_SUFFIXES)}, got {path}")
+    return ModelFiles(path, _read_config(path.parent / _CONFIG_NAME), source)
+
+
+def _download(
+    repo: str, revision: str | None, name: str, cache_dir: str | Path | None, *, cached_first: bool = False
+) -> Path:
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    if cached_first:
+        cached = try_to_load_from_cache(repo, name, cache_dir=cache_dir, revision=revision)
+        if isinstance(cached, str):
+            return Path(cached)
+    try:
+        return Path(
+            hf_hub_download(repo, name, revision=revision, cache_dir=cache_dir, library_name="ghost-resnet")
+        )
+    except Exception as error:  # the client's own, its HTTP library's (which one varies) and the system's
+        at = f"{repo}@{revision}" if revision else repo
+        raise DownloadError(f"can't get {name} of {at} from the hub: {_summary(error)}") from error
+
+
+def _summary(error: BaseException) -> str:
+    """The first line of an error and of what caused it."""
+    lines: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None and len(lines) < 3:
+        lines.append(str(cause).strip().partition("\n")[0] or type(cause).__name__)
+        cause = cause.__cause__
+    return "; because ".join(dict.fromkeys(lines))
+
+
+def _verify(path: Path, expected: str, repair: str) -> None:
+    """Check a file against its sha256, or its git hash if that is what the hub gave; move a bad one aside."""
+    if _SHA256.fullmatch(expected):
+        hasher = hashlib.sha256()
+    elif _GIT_SHA1.fullmatch(expected):
+        hasher = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+    else:
+        raise IntegrityError(path, "a sha256 or git hash as the hub's ETag", repr(expected), repair, None)
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            hasher.update(chunk)
+    if hasher.hexdigest() == expected:
+        return
+    bad = path.resolve()
+    aside: Path | None = None
+    try:
+        aside = bad.rename(bad.with_name(f"{bad.name}.bad-{hasher.hexdigest()[:8]}"))
+    except OSError:
+        _logger.warning("%s could not be moved aside", bad, exc_info=True)
+    raise IntegrityError(path, expected, hasher.hexdigest(), repair, aside)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(f"expected {path} beside the weights, got none")
+    if path.stat().st_size > _CONFIG_LIMIT:
+        raise ConfigError(f"{path}: expected at most {_CONFIG_LIMIT} bytes, got {path.stat().st_size}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: expected JSON, got {_summary(error)}") from error
+    _check_config(config, path)
+    return config
+
+
+def _check_config(config: Any, path: Path) -> None:
+    def need(ok: bool, expected: str, got: Any) -> None:
+        if not ok:
+            raise ConfigError(f"{path}: expected {expected}, got {str(got)[:200]!r}")
+
+    need(isinstance(config, dict), "timm's config.json, a JSON object", config)
+    architecture = config.get("architecture")
+    need(
+        isinstance(architecture, str) and re.fullmatch(r"\w+", architecture) is not None,
+        "the name of a timm architecture under 'architecture'",
+        architecture,
+    )
+    cfg = config.get("pretrained_cfg")
+    need(isinstance(cfg, dict), "an object under 'pretrained_cfg'", cfg)
+    num_classes = config.get("num_classes", cfg.get("num_classes"))
+    need(type(num_classes) is int and num_classes >= 0, "a count under 'num_classes'", num_classes)
+    labels = config.get("label_names") or cfg.get("label_names") or []
+    need(
+        isinstance(labels, list) and all(isinstance(name, str) for name in labels),
+        "a list of names under 'label_names'",
+        labels,
+    )
+    need(len(labels) <= num_classes, f"at most num_classes={num_classes} label names", len(labels))
+    args = config.get("model_args", {})
+    need(isinstance(args, dict), "an object under 'model_args'", args)
+
+
+def load_model(
+    source: str | Path | ModelFiles, *, num_classes: int | None = None, **model_kwargs: Any
+) -> nn.Module:
+    """Load a model in fp32 and evaluation mode.
+
+    The whole file must fit the network that its configuration describes. Only then may the caller change the
+    network: another `num_classes` gets a fresh head, and a log line says so; another `in_chans` gets timm's
+    adaptation of the first convolution.
+
+    Args:
+        source: Anything that `resolve` takes, or what it returned.
+        num_classes: Outputs, if others than the file has.
+        model_kwargs: Arguments of the network, such as `in_chans`, `drop_rate`, `features_only`.
+
+    Returns:
+        The model; `model.pretrained_cfg` has the preprocessing and, under `label_names`, the labels.
+
+    Raises:
+        WeightsError: The file is damaged, has values that are not finite, or does not fit the network.
+        ConfigError: `config.json` describes a network that can't be built.
+        GhostResNetError: What `resolve` raises.
+    """
+    import timm
+    import torch
+
+    files = source if isinstance(source, ModelFiles) else resolve(source)
+    if files.weights.suffix != ".safetensors":
+        raise WeightsError(f"expected a .safetensors file to load a model from, got {files.weights}")
+    cfg, args = _network(files)
+    _check_fit(files, cfg, args)
+    args.update(model_kwargs)
+    if num_classes is not None:
+        args["num_classes"] = num_classes
+    if args["num_classes"] != files.num_classes:
+        _logger.warning(
+            "%s has %d outputs, %d are wanted: its head is left out, and the new one is untrained",
+            files.source,
+            files.num_classes,
+            args["num_classes"],
+        )
+    try:
+        model = timm.create_model(
+            files.architecture,
+            pretrained=True,
+            pretrained_cfg=cfg,
+            pretrained_cfg_overlay={"file": str(files.weights)},
+            **args,
+        )
+    except RuntimeError as error:
+        raise WeightsError(f"{files.weights} does not fit {files.architecture}({args}): {error}") from error
+    model.pretrained_cfg.pop("file", None)
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise WeightsError(f"{files.weights}: expected finite numbers, got NaN or infinity in {name!r}")
+    return model.eval()
+
+
+def _network(files: ModelFiles) -> tuple[dict[str, Any], dict[str, Any]]:
+    """timm's pretrained_cfg and the network's arguments, without what would make timm open a file."""
+    import timm
+    from timm.models import build_model_with_cfg, is_model
+
+    if not is_model(files.architecture):
+        raise ConfigError(f"{files.source}: timm has no architecture {files.architecture!r}")
+    cfg = {
+        **files.config["pretrained_cfg"],
+        "architecture": files.architecture,
+        "num_classes": files.num_classes,
+        "label_names": files.labels,
+        **dict.fromkeys(("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source")),
+        "custom_load": False,
+    }
+    args = {**files.config.get("model_args", {}), "num_classes": files.num_classes}
+    factory = {*signature(timm.create_model).parameters, *signature(build_model_with_cfg).parameters}
+    if taken := sorted(args.keys() & (factory | {"features_only", "pruned", "device", "dtype"})):
+        raise ConfigError(f"{files.source}: expected arguments of the network in 'model_args', got {taken}")
+    for name, value in args.items():
+        if name != "num_classes" and not _is_modest(value):
+            raise ConfigError(
+                f"{files.source}: expected a modest {name!r} in 'model_args', got {value!r:.200}"
+            )
+    return cfg, args
+
+
+def _is_modest(value: Any, nested: bool = False) -> bool:
+    """Whether a network's argument can't make its construction endless (`depth`, `layers`)."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return not nested and len(value) <= 32 and all(_is_modest(item, nested=True) for item in value)
+    if isinstance(value, int | float):
+        return abs(value) <= (1024 if nested else 4096)
+    return value is None or (isinstance(value, str) and len(value) <= 64)
+
+
+def _check_fit(files: ModelFiles, cfg: dict[str, Any], args: dict[str, Any]) -> None:
+    """Compare the file's names, shapes and types with the network's before anything is allocated."""
+    import timm
+    import torch
+
+    try:
+        with torch.device("meta"):
+            network = timm.create_model(files.architecture, pretrained_cfg=cfg, **args).state_dict()
+    except Exception as error:  # the arguments come from a file: timm and torch may say anything
+        raise ConfigError(f"{files.source}: can't build {files.architecture}({args}): {error}") from error
+    expected = {name: (tuple(t.shape), t.is_floating_point()) for name, t in network.items()}
+    got = {name: (shape, dtype in _FLOATS) for name, shape, dtype in _header(files.weights)}
+    wrong = [
+        *(f"{name!r} is missing" for name in expected.keys() - got.keys()),
+        *(f"{name!r} is not in the network" for name in got.keys() - expected.keys()),
+        *(
+            f"{name!r} has shape {got[name][0]} and {'a' if got[name][1] else 'no'} floating type, "
+            f"expected {expected[name][0]} and {'a' if expected[name][1] else 'no'} floating type"
+            for name in expected.keys() & got.keys()
+            if expected[name] != got[name]
+        ),
+    ]
+    if wrong:
+        some = "; ".join(sorted(wrong)[:5]) + ("; ..." if len(wrong) > 5 else "")
+        raise WeightsError(
+            f"{files.weights} does not fit {files.architecture} with {files.num_classes} classes: "
+            f"{len(wrong)} of {len(expected)} tensors differ: {some}"
+        )
+
+
+def _header(path: Path) -> Iterator[tuple[str, tuple[int, ...], str]]:
+    """Name, shape and type of each tensor, from a safetensors file's header."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                tensor = file.get_slice(name)
+                yield name, tuple(tensor.get_shape()), tensor.get_dtype()
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path} is no whole safetensors file: {error}") from error
+
+
+def save_pretrained(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    labels: Sequence[str],
+    preprocessing: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, Any] | None = None,
+    temperature: float | None = None,
+    tag: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Write `model.safetensors`, `config.json` in timm's format and a model card, each wholly or not at all.
+
+    `timm.create_model("local-dir:FOLDER", pretrained=True)` opens the folder. Other files in it stay.
+
+    Args:
+        model: A model that `timm.create_model` made.
+        folder: Where to; made if it is not there.
+        labels: Names of the classes, in the order of the outputs; may be fewer than the outputs.
+        preprocessing: timm's data configuration (`input_size`, `mean`, `std`, `crop_pct`, `crop_mode`,
+            `interpolation`), if it differs from the model's.
+        metrics: What was measured, for the configuration and the card.
+        temperature: What the outputs are divided by before the softmax (calibration).
+        tag: Name of these weights. Without it the configuration names none: they are no longer the tag that
+            training may have started from.
+        dtype: Type to store floating-point tensors in, such as `torch.float16`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        WeightsError: A value is not finite, or isn't after the conversion to `dtype`.
+        ConfigError: More labels than outputs.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    state = {}
+    for name, tensor in model.state_dict().items():
+        tensor = tensor.detach().cpu()
+        if dtype is not None and tensor.is_floating_point():
+            tensor = tensor.to(dtype)
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise WeightsError(
+                f"expected finite numbers to save, got NaN or infinity in {name!r} as {tensor.dtype}"
+            )
+        state[name] = tensor.contiguous()  # a channels_last model's are not
+    config = _config_of(model, labels, preprocessing, tag)
+    if metrics:
+        config["metrics"] = dict(metrics)
+    if temperature is not None:
+        config["temperature"] = float(temperature)
+    _check_config(config, folder / _CONFIG_NAME)
+    with atomic_path(folder / _WEIGHTS_NAME) as path:
+        save_file(state, path, metadata={"format": "pt"})
+    write_text(folder / _CONFIG_NAME, json.dumps(config, indent=2) + "\n")
+    write_text(folder / "README.md", _card(config))
+    return folder
+
+
+def _config_of(
+    model: nn.Module, labels: Sequence[str], preprocessing: Mapping[str, Any] | None, tag: str | None
+) -> dict[str, Any]:
+    from timm.models._hub import save_config_for_hf
+
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / _CONFIG_NAME
+        save_config_for_hf(
+            model,
+            str(path),
+            model_config={"label_names": list(labels), "pretrained_cfg": {"tag": tag}},
+            data_config=dict(preprocessing or {}),
+        )
+        config = json.loads(path.read_text(encoding="utf-8"))
+    config["pretrained_cfg"].pop("label_names", None)  # timm reads the outer one; two could contradict
+    if tag is None:
+        del config["pretrained_cfg"]["tag"]
+    return config
+
+
+def _card(config: dict[str, Any]) -> str:
+    """A model card in Hugging Face's format."""
+    from huggingface_hub import ModelCardData
+
+    cfg = config["pretrained_cfg"]
+    data = ModelCardData(
+        license=cfg.get("license"),
+        library_name="timm",
+        pipeline_tag="image-classification",
+        tags=["image-classification", "timm", "transformers", "ghost-resnet"],
+    )
+    tag = f".{cfg['tag']}" if cfg.get("tag") else ""
+    rows = [
+        ("Architecture", f"`{config['architecture']}`"),
+        ("Classes", ", ".join(config.get("label_names") or []) or config["num_classes"]),
+        (
+            "Input",
+            " × ".join(map(str, cfg["input_size"])) + f", {cfg['interpolation']}, crop {cfg['crop_pct']}",
+        ),
+        ("Mean, std", f"{list(cfg['mean'])}, {list(cfg['std'])}"),
+        *(
+            (name, value)
+            for name, value in config.get("metrics", {}).items()
+            if not isinstance(value, dict | list)
+        ),
+    ]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    return f"""---
+{data.to_yaml()}
+---
+# {config["architecture"]}{tag}
+
+{cfg.get("description") or "An image classifier trained with ghost-resnet."}
+
+| | |
+|---|---|
+{table}
+
+```python
+import ghost_resnet, timm  # importing ghost_resnet registers its networks
+
+model = timm.create_model("hf-hub:OWNER/REPO", pretrained=True)  # or "local-dir:FOLDER"
+```
+"""
