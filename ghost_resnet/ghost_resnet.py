@@ -5,8 +5,8 @@ Two families:
 * `ghost_resnet50`, `ghost_resnet101`, `ghost_resnet152` and `ghost_resnet50_cifar` follow a report of Tianjin
   University (January 2022): the **first 1x1** of each bottleneck is a Ghost module of ratio 2, followed by a
   batch norm and a ReLU of its own. `_cifar` has the stem of weiaicunzai/pytorch-cifar100.
-* `ghost_resnet50_s2`, `ghost_resnet50_s4` are the GhostNet paper's own Ghost-ResNet-50 (Han et al., CVPR 2020,
-  https://arxiv.org/abs/1911.11907, table 6): **every convolution but the stem** is a Ghost module.
+* `ghost_resnet50_s2`, `ghost_resnet50_s4` are the GhostNet paper's own Ghost-ResNet-50 (Han et al., CVPR
+  2020, https://arxiv.org/abs/1911.11907, table 6): **every convolution but the stem** is a Ghost module.
 
 State-dict keys are those of timm's ResNet, with `GhostModule`'s below each replaced convolution
 (`layer1.0.conv1.primary_conv.0.weight`).
@@ -29,6 +29,7 @@ __all__ = ["GhostBottleneck", "GhostBottleneckFull", "GhostResNet"]
 
 CIFAR100_MEAN = (0.5071, 0.4865, 0.4409)
 CIFAR100_STD = (0.2673, 0.2564, 0.2762)
+STEM_TYPES = ("", "deep", "deep_tiered", "cifar")
 
 
 class GhostBottleneck(Bottleneck):
@@ -187,6 +188,8 @@ class GhostResNet(ResNet):
     ) -> None:
         _refuse_unknown("Ghost-ResNet", kwargs, inspect.signature(ResNet.__init__).parameters)
         _refuse_unknown("block_args", block_args or {}, ("attn_layer", "dw_size"))
+        if stem_type not in STEM_TYPES:
+            raise UnsupportedArgumentError(f"stem_type must be one of {STEM_TYPES}, got {stem_type!r}")
         cifar = stem_type == "cifar"
         if "deep" not in stem_type and kwargs.get("stem_width", 64) != 64:
             raise UnsupportedArgumentError(
@@ -198,7 +201,7 @@ class GhostResNet(ResNet):
                 "the cifar stem has no pooling, so replace_stem_pool=True can't be honoured: leave it out"
             )
         natural_stride = 8 if cifar else 32
-        allowed = [s for s in (2, 4, 8, 16, 32) if s >= natural_stride // 4]
+        allowed = sorted({natural_stride // 4, natural_stride // 2, natural_stride, 32})  # 32: timm's default
         if output_stride not in allowed:
             raise UnsupportedArgumentError(
                 f"output_stride must be one of {allowed} with this stem, got {output_stride}"
@@ -278,40 +281,40 @@ default_cfgs = generate_default_cfgs(
 @register_model
 def ghost_resnet50(pretrained: bool = False, **kwargs: Any) -> GhostResNet:
     """The report's Ghost-ResNet-50 with an ImageNet stem. 23,416,840 parameters with 1000 classes."""
-    model_args = dict(block=GhostBottleneck, layers=(3, 4, 6, 3))
+    model_args = {"block": GhostBottleneck, "layers": (3, 4, 6, 3)}
     return _create_ghost_resnet("ghost_resnet50", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def ghost_resnet50_cifar(pretrained: bool = False, **kwargs: Any) -> GhostResNet:
     """The report's own network: 3x3 stem, no pooling. 21,565,060 parameters with its 100 classes."""
-    model_args = dict(block=GhostBottleneck, layers=(3, 4, 6, 3), stem_type="cifar")
+    model_args = {"block": GhostBottleneck, "layers": (3, 4, 6, 3), "stem_type": "cifar"}
     return _create_ghost_resnet("ghost_resnet50_cifar", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def ghost_resnet50_s2(pretrained: bool = False, **kwargs: Any) -> GhostResNet:
     """The GhostNet paper's Ghost-ResNet-50, s = 2. 13,953,512 parameters with 1000 classes."""
-    model_args = dict(block=GhostBottleneckFull, layers=(3, 4, 6, 3), ratio=2)
+    model_args = {"block": GhostBottleneckFull, "layers": (3, 4, 6, 3), "ratio": 2}
     return _create_ghost_resnet("ghost_resnet50_s2", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def ghost_resnet50_s4(pretrained: bool = False, **kwargs: Any) -> GhostResNet:
     """The GhostNet paper's Ghost-ResNet-50, s = 4. 8,151,752 parameters with 1000 classes."""
-    model_args = dict(block=GhostBottleneckFull, layers=(3, 4, 6, 3), ratio=4)
+    model_args = {"block": GhostBottleneckFull, "layers": (3, 4, 6, 3), "ratio": 4}
     return _create_ghost_resnet("ghost_resnet50_s4", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def ghost_resnet101(pretrained: bool = False, **kwargs: Any) -> GhostResNet:
     """Ghost-ResNet-101. 40,209,032 parameters with 1000 classes."""
-    model_args = dict(block=GhostBottleneck, layers=(3, 4, 23, 3))
+    model_args = {"block": GhostBottleneck, "layers": (3, 4, 23, 3)}
     return _create_ghost_resnet("ghost_resnet101", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def ghost_resnet152(pretrained: bool = False, **kwargs: Any) -> GhostResNet:
     """Ghost-ResNet-152. 54,042,632 parameters with 1000 classes."""
-    model_args = dict(block=GhostBottleneck, layers=(3, 8, 36, 3))
+    model_args = {"block": GhostBottleneck, "layers": (3, 8, 36, 3)}
     return _create_ghost_resnet("ghost_resnet152", pretrained, **dict(model_args, **kwargs))

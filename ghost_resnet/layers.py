@@ -5,6 +5,10 @@ import math
 import torch
 from torch import nn
 
+from .errors import UnsupportedArgumentError
+
+__all__ = ["GhostModule"]
+
 
 class GhostModule(nn.Module):
     """Makes `out_chs` channels from fewer convolutions: some computed, the rest cheap copies of those.
@@ -20,15 +24,18 @@ class GhostModule(nn.Module):
         in_chs: Input channels.
         out_chs: Output channels.
         kernel_size: Side of the primary convolution's kernel, odd.
-        ratio: How many times more channels come out than the primary convolution makes; 1 or more.
+        ratio: How many times more channels come out than the primary convolution makes; 2 or more.
         dw_size: Side of the depthwise kernel, odd.
         stride: Stride of the primary convolution.
         dilation: Dilation of the primary convolution.
-        dw_dilation: Dilation of the depthwise convolution. It works on the primary convolution's *output* grid,
-            so a network that trades stride for dilation must dilate it too, or its values change.
+        dw_dilation: Dilation of the depthwise convolution. It works on the primary convolution's *output*
+            grid, so a network that trades stride for dilation must dilate it too, or its values change.
         act: Whether activations follow the batch norms.
         act_layer: Activation class.
         norm_layer: Normalisation class.
+
+    Raises:
+        UnsupportedArgumentError: `ratio` is below 2, or a kernel's side is even.
     """
 
     def __init__(
@@ -48,9 +55,9 @@ class GhostModule(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if ratio < 1 or kernel_size % 2 == 0 or dw_size % 2 == 0:
-            raise ValueError(
-                "GhostModule needs ratio >= 1 and odd kernel_size and dw_size, "
+        if ratio < 2 or kernel_size % 2 == 0 or dw_size % 2 == 0:
+            raise UnsupportedArgumentError(
+                "GhostModule needs ratio >= 2 (1 is a plain convolution) and odd kernel_size and dw_size, "
                 f"got ratio={ratio}, kernel_size={kernel_size}, dw_size={dw_size}"
             )
         dd = {"device": device, "dtype": dtype}
