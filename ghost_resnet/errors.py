@@ -51,6 +51,10 @@ class DownloadError(GhostResNetError, OSError):
     """The hub can't be reached, refuses, or lacks a file."""
 
 
+class UploadError(GhostResNetError, OSError):
+    """The hub can't be reached, or refuses what is sent."""
+
+
 class IntegrityError(GhostResNetError, OSError):
     """A file's hash is not the expected one.
 
@@ -64,5 +68,7 @@ class IntegrityError(GhostResNetError, OSError):
 
     def __init__(self, file: Path, expected: str, got: str, repair: str, aside: Path | None) -> None:
         moved = f"moved aside to {aside}" if aside else "it could not be moved aside, so remove it yourself"
-        super().__init__(f"{file} is damaged: expected hash {expected}, got {got}; {moved}; repair: {repair}")
+        super().__init__(
+            f"{file} is not what it should be: expected hash {expected}, got {got}; {moved}; repair: {repair}"
+        )
         self.file, self.expected, self.got, self.repair, self.aside = file, expected, got, repair, aside

@@ -12,16 +12,20 @@ State-dict keys are those of timm's ResNet, with `GhostModule`'s below each repl
 (`layer1.0.conv1.primary_conv.0.weight`).
 """
 
+# mypy: disable-error-code="has-type, arg-type"
+# (the convolutions that are replaced here come from timm, which is untyped)
+
 import inspect
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from timm.models.resnet import Bottleneck, ResNet
 from torch import nn
 
+from . import hub
 from .errors import UnsupportedArgumentError
 from .layers import GhostModule
 
@@ -240,6 +244,14 @@ def _refuse_unknown(what: str, given: Iterable[str], known: Iterable[str]) -> No
 
 
 def _create_ghost_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> GhostResNet:
+    if pretrained:
+        overlay = kwargs.get("pretrained_cfg_overlay")
+        cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), overlay)
+        verified = hub.pretrained_overlay(variant, cfg, **{"cache_dir": None, **kwargs})
+        kwargs["pretrained_cfg_overlay"] = {**(overlay or {}), **verified}
+    elif not kwargs.get("pretrained_cfg"):
+        # an untrained network has the classes that its name promises, not those of its first weights
+        kwargs["pretrained_cfg"] = default_cfgs[variant].cfgs[""]
     return build_model_with_cfg(GhostResNet, variant, pretrained, **kwargs)
 
 
@@ -274,6 +286,7 @@ default_cfgs = generate_default_cfgs(
         "ghost_resnet50_s4": _cfg(),
         "ghost_resnet101": _cfg(),
         "ghost_resnet152": _cfg(),
+        **{tag: _cfg(**entry.pretrained_cfg()) for tag, entry in hub.manifest().items()},
     }
 )
 

@@ -16,19 +16,25 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import re
+import shutil
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
+from datetime import date
 from inspect import signature
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from .errors import ConfigError, DownloadError, IntegrityError, SourceError, WeightsError
+from .errors import ConfigError, DownloadError, IntegrityError, SourceError, UploadError, WeightsError
 from .files import atomic_path, write_text
 
 if TYPE_CHECKING:
     import torch
+    from timm.models._pretrained import PretrainedCfg
     from torch import nn
 
 _logger = logging.getLogger(__name__)
@@ -43,7 +49,7 @@ _SUFFIXES = (".safetensors", ".onnx", ".xml")  # torch's own and the exported ru
 _PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".tar")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_GIT_SHA1 = re.compile(r"[0-9a-f]{40}")
+_PREPROCESSING = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
 
 
 @dataclass(frozen=True)
@@ -97,6 +103,7 @@ class Entry:
         hf_hub_id: `owner/repo` that holds the same file as `model.safetensors`, if any does.
         revision: Commit or git tag of that repository.
         preprocessing: timm's data configuration: `input_size`, `mean` and so on.
+        temperature: What the outputs are divided by before the softmax, if calibrated.
         metrics: What was measured, with the list of photos it was measured on.
         license: SPDX identifier.
         origin: How the weights came to be.
@@ -113,6 +120,7 @@ class Entry:
     hf_hub_id: str | None
     revision: str | None
     preprocessing: dict[str, Any]
+    temperature: float | None
     metrics: dict[str, Any]
     license: str
     origin: str
@@ -123,22 +131,32 @@ class Entry:
         """Where the weights file is if this installation has it."""
         return WEIGHTS / self.file
 
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """timm's default configuration of these weights; it names a source if there is one."""
+        revision = f"@{self.revision}" if self.revision else ""
+        return {
+            **{k: tuple(v) if isinstance(v, list) else v for k, v in self.preprocessing.items()},
+            "num_classes": self.num_classes,
+            "label_names": tuple(self.classes),
+            "license": self.license,
+            "description": self.origin,
+            "file": str(self.embedded) if self.embedded.is_file() else None,
+            "hf_hub_id": self.hf_hub_id and self.hf_hub_id + revision,
+        }
+
     def config(self, tag: str) -> dict[str, Any]:
         """Content of `config.json` in timm's format."""
+        cfg = self.pretrained_cfg()
+        for name in ("num_classes", "label_names", "file", "hf_hub_id"):
+            del cfg[name]
+        cfg |= {"tag": tag.partition(".")[2], "first_conv": "conv1", "classifier": "fc"}
         return {
             "architecture": self.architecture,
             "num_classes": self.num_classes,
             "label_names": list(self.classes),
             "metrics": self.metrics,
-            "pretrained_cfg": {
-                **self.preprocessing,
-                "num_classes": self.num_classes,
-                "tag": tag.partition(".")[2],
-                "first_conv": "conv1",
-                "classifier": "fc",
-                "license": self.license,
-                "description": self.origin,
-            },
+            **({} if self.temperature is None else {"temperature": self.temperature}),
+            "pretrained_cfg": cfg,
         }
 
 
@@ -259,12 +277,33 @@ def _download(
         cached = try_to_load_from_cache(repo, name, cache_dir=cache_dir, revision=revision)
         if isinstance(cached, str):
             return Path(cached)
-    try:
-        return Path(
-            hf_hub_download(repo, name, revision=revision, cache_dir=cache_dir, library_name="ghost-resnet")
+    at = f"{repo}@{revision}" if revision else repo
+    outcome: Future[str] = Future()
+
+    def download() -> None:
+        try:
+            outcome.set_result(
+                hf_hub_download(
+                    repo, name, revision=revision, cache_dir=cache_dir, library_name="ghost-resnet"
+                )
+            )
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    # The client waits without end for a server that sends a byte now and then, or the same half of a file again
+    # and again. A thread of our own, since an executor's would be waited for when the program ends.
+    deadline = float(os.environ.get("GHOST_RESNET_DOWNLOAD_TIMEOUT", 3600))
+    thread = threading.Thread(target=download, daemon=True)
+    thread.start()
+    thread.join(deadline)
+    if thread.is_alive():
+        raise DownloadError(
+            f"can't get {name} of {at} from the hub: not done after {deadline:g} seconds; try again, or raise "
+            "the environment variable GHOST_RESNET_DOWNLOAD_TIMEOUT"
         )
+    try:
+        return Path(outcome.result())
     except Exception as error:  # the client's own, its HTTP library's (which one varies) and the system's
-        at = f"{repo}@{revision}" if revision else repo
         raise DownloadError(f"can't get {name} of {at} from the hub: {_summary(error)}") from error
 
 
@@ -281,23 +320,25 @@ def _summary(error: BaseException) -> str:
 def _verify(path: Path, expected: str, repair: str) -> None:
     """Check a file against its sha256, or its git hash if that is what the hub gave; move a bad one aside."""
     if _SHA256.fullmatch(expected):
-        hasher = hashlib.sha256()
-    elif _GIT_SHA1.fullmatch(expected):
-        hasher = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+        got = _digest(path, hashlib.sha256())
     else:
-        raise IntegrityError(path, "a sha256 or git hash as the hub's ETag", repr(expected), repair, None)
-    with path.open("rb") as file:
-        while chunk := file.read(2**20):
-            hasher.update(chunk)
-    if hasher.hexdigest() == expected:
+        got = _digest(path, hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False))
+    if got == expected:
         return
     bad = path.resolve()
     aside: Path | None = None
     try:
-        aside = bad.rename(bad.with_name(f"{bad.name}.bad-{hasher.hexdigest()[:8]}"))
+        aside = bad.rename(bad.with_name(f"{bad.name}.bad-{got[:8]}"))
     except OSError:
         _logger.warning("%s could not be moved aside", bad, exc_info=True)
-    raise IntegrityError(path, expected, hasher.hexdigest(), repair, aside)
+    raise IntegrityError(path, expected, got, repair, aside)
+
+
+def _digest(path: Path, hasher: hashlib._Hash) -> str:
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            hasher.update(chunk)
+    return hasher.hexdigest()
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -373,13 +414,7 @@ def load_model(
     args.update(model_kwargs)
     if num_classes is not None:
         args["num_classes"] = num_classes
-    if args["num_classes"] != files.num_classes:
-        _logger.warning(
-            "%s has %d outputs, %d are wanted: its head is left out, and the new one is untrained",
-            files.source,
-            files.num_classes,
-            args["num_classes"],
-        )
+    _say_if_head_changes(files, args)
     try:
         model = timm.create_model(
             files.architecture,
@@ -395,6 +430,49 @@ def load_model(
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise WeightsError(f"{files.weights}: expected finite numbers, got NaN or infinity in {name!r}")
     return model.eval()
+
+
+def pretrained_overlay(
+    variant: str, cfg: PretrainedCfg, *, cache_dir: str | Path | None = None, **model_kwargs: Any
+) -> dict[str, Any]:
+    """Resolve what timm's `pretrained=True` asks for, in the form of an overlay of timm's configuration.
+
+    Args:
+        variant: Name of the network.
+        cfg: timm's configuration of the weights: of a tag, or of `hf-hub:` or `local-dir:` names.
+        cache_dir: Cache of downloads in place of Hugging Face's.
+        model_kwargs: The other arguments of the network, for a word on its head.
+
+    Returns:
+        What to change in `cfg` so that timm loads the verified file; empty if `cfg` names a file of the
+        caller's own, or no weights at all.
+
+    Raises:
+        GhostResNetError: What `resolve` and `load_model` raise.
+    """
+    tag = f"{variant}.{cfg.tag}"
+    entry = manifest().get(tag)
+    if cfg.source in ("hf-hub", "local-dir"):
+        files = resolve(f"{cfg.source}:{cfg.hf_hub_id or cfg.file}", cache_dir=cache_dir)
+        _check_fit(files, *_network(files))
+    elif entry and not cfg.state_dict and not cfg.url and cfg.file in (None, str(entry.embedded)):
+        files = resolve(tag, cache_dir=cache_dir)
+    else:
+        return {}
+    if not model_kwargs.get("features_only"):
+        _say_if_head_changes(files, model_kwargs)
+    return {"file": str(files.weights), "source": None}
+
+
+def _say_if_head_changes(files: ModelFiles, model_kwargs: Mapping[str, Any]) -> None:
+    wanted = model_kwargs.get("num_classes", files.num_classes)
+    if wanted != files.num_classes:
+        _logger.warning(
+            "%s has %d outputs, %d are wanted: its head is left out, and the new one is untrained",
+            files.source,
+            files.num_classes,
+            wanted,
+        )
 
 
 def _network(files: ModelFiles) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -561,7 +639,7 @@ def _config_of(
 
 def _card(config: dict[str, Any]) -> str:
     """A model card in Hugging Face's format."""
-    from huggingface_hub import ModelCardData
+    from huggingface_hub import ModelCard, ModelCardData
 
     cfg = config["pretrained_cfg"]
     data = ModelCardData(
@@ -586,7 +664,7 @@ def _card(config: dict[str, Any]) -> str:
         ),
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    return f"""---
+    text = f"""---
 {data.to_yaml()}
 ---
 # {config["architecture"]}{tag}
@@ -603,3 +681,126 @@ import ghost_resnet, timm  # importing ghost_resnet registers its networks
 model = timm.create_model("hf-hub:OWNER/REPO", pretrained=True)  # or "local-dir:FOLDER"
 ```
 """
+    return str(ModelCard(text))
+
+
+def push_to_hub(
+    source: str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    message: str = "Upload a Ghost-ResNet",
+) -> str:
+    """Upload a model to a hub: the weights byte by byte, their configuration and their card.
+
+    Args:
+        source: What `resolve` takes, such as a run folder or a tag.
+        repo_id: `owner/name`; made if it is not there.
+        private: Whether a new repository is private.
+        revision: Branch to upload to; `main` if None.
+        message: The commit's message.
+
+    Returns:
+        Address of the commit.
+
+    Raises:
+        UploadError: The hub can't be reached or refuses.
+        GhostResNetError: What `resolve` and `load_model` raise.
+    """
+    from huggingface_hub import HfApi
+
+    files = resolve(source)
+    _check_fit(files, *_network(files))
+    with TemporaryDirectory() as folder:
+        staged = Path(folder)
+        shutil.copyfile(files.weights, staged / _WEIGHTS_NAME)
+        write_text(staged / _CONFIG_NAME, json.dumps(files.config, indent=2) + "\n")
+        card = files.weights.parent / "README.md"
+        text = card.read_text(encoding="utf-8") if card.is_file() else _card(files.config)
+        write_text(staged / "README.md", text.replace("OWNER/REPO", repo_id))
+        for name in ("metrics.json", "recipe.toml"):
+            if (files.weights.parent / name).is_file():
+                shutil.copyfile(files.weights.parent / name, staged / name)
+        api = HfApi(library_name="ghost-resnet")
+        try:
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            commit = api.upload_folder(
+                repo_id=repo_id, folder_path=staged, revision=revision, commit_message=message
+            )
+        except Exception as error:  # as in _download
+            raise UploadError(f"can't upload {source} to {repo_id}: {_summary(error)}") from error
+    return str(commit.commit_url)
+
+
+def embed(
+    source: str | Path,
+    tag: str,
+    *,
+    metrics: Mapping[str, Any],
+    origin: str,
+    license: str = "apache-2.0",
+    hf_hub_id: str | None = None,
+    revision: str | None = None,
+    made: str | None = None,
+) -> Entry:
+    """Take a model into this package (for its maintainers): an fp16 file and an entry of the manifest.
+
+    An entry of the same tag is replaced in its place.
+
+    Args:
+        source: What `resolve` takes, usually a run folder; the network's arguments must be the defaults.
+        tag: `architecture.name`.
+        metrics: What was measured, and under `list` the list of photos it was measured on.
+        origin: How the weights came to be, one sentence.
+        license: SPDX identifier.
+        hf_hub_id: `owner/repo` that holds, or will hold, the same file.
+        revision: Commit or git tag of that repository.
+        made: Day they were made, ISO format; today if None.
+
+    Returns:
+        The new entry.
+
+    Raises:
+        ConfigError: `tag` is not of the model's architecture, the network is not the default one, or the
+            metrics don't say on which list they were measured.
+        GhostResNetError: What `load_model` and `save_pretrained` raise.
+    """
+    import torch
+
+    files = resolve(source)
+    if tag.partition(".")[0] != files.architecture or not tag.partition(".")[2]:
+        raise ConfigError(f"expected a tag {files.architecture}.NAME, got {tag!r}")
+    cfg, args = _network(files)
+    if extra := {name for name in args if name not in ("num_classes", "in_chans", "global_pool")}:
+        raise ConfigError(f"expected the network's default arguments, got {sorted(extra)}")
+    if not metrics.get("list"):
+        raise ConfigError(f"expected under 'list' what was measured on, got {sorted(metrics)}")
+    model = load_model(files)
+    preprocessing = {name: cfg[name] for name in _PREPROCESSING if cfg.get(name) is not None}
+    file = f"{tag}.safetensors"
+    with TemporaryDirectory(dir=WEIGHTS) as folder:
+        save_pretrained(model, folder, labels=files.labels, dtype=torch.float16)
+        weights = Path(folder) / _WEIGHTS_NAME
+        entry = Entry(
+            architecture=files.architecture,
+            num_classes=files.num_classes,
+            classes=list(files.labels),
+            parameters=sum(p.numel() for p in model.parameters()),
+            file=file,
+            size=weights.stat().st_size,
+            sha256=_digest(weights, hashlib.sha256()),
+            hf_hub_id=hf_hub_id,
+            revision=revision,
+            preprocessing=preprocessing,
+            temperature=files.config.get("temperature"),
+            metrics=dict(metrics),
+            license=license,
+            origin=origin,
+            date=made or date.today().isoformat(),
+        )
+        weights.replace(WEIGHTS / file)
+    entries = {**manifest(), tag: entry}
+    text = json.dumps({name: asdict(entry) for name, entry in entries.items()}, indent=2)
+    write_text(WEIGHTS / "manifest.json", text + "\n")
+    return entry
