@@ -38,22 +38,25 @@ def fold_batch_norm(model: ModelT) -> ModelT:
     """
     folded = copy.deepcopy(model).eval()
     modules = dict(folded.named_modules())
-    nodes = [n for n in torch.fx.symbolic_trace(folded).graph.nodes if n.op == "call_module"]
-    calls = Counter(node.target for node in nodes)
+    graph = torch.fx.symbolic_trace(folded).graph
+    calls = Counter(node.target for node in graph.nodes)
 
-    for node in nodes:
+    for node in graph.nodes:
         source = node.args[0] if node.args else None
-        if source not in nodes or len(source.users) > 1:
+        if not isinstance(source, torch.fx.Node) or len(source.users) > 1:
             continue
-        norm, conv = modules[node.target], modules[source.target]
+        conv, norm = modules.get(str(source.target)), modules.get(str(node.target))
         if type(norm) is not nn.BatchNorm2d or norm.running_mean is None or type(conv) is not nn.Conv2d:
             continue
-        if calls[node.target] == calls[source.target] == 1:
-            _replace(folded, source.target, fuse_conv_bn_eval(conv, norm))
-            _replace(folded, node.target, nn.Identity())
+        if calls[source.target] == calls[node.target] == 1:
+            _replace(folded, conv, fuse_conv_bn_eval(conv, norm))
+            _replace(folded, norm, nn.Identity().eval())
     return folded
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put `new` under every name that `old` has."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is old:
+                setattr(parent, name, new)

@@ -1,6 +1,7 @@
 """The Ghost module."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -60,7 +61,7 @@ class GhostModule(nn.Module):
                 "GhostModule needs ratio >= 2 (1 is a plain convolution) and odd kernel_size and dw_size, "
                 f"got ratio={ratio}, kernel_size={kernel_size}, dw_size={dw_size}"
             )
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         primary_chs = math.ceil(out_chs / ratio)
         cheap_chs = primary_chs * (ratio - 1)
         self.out_chs = out_chs
@@ -97,8 +98,9 @@ class GhostModule(nn.Module):
     def zero_init(self) -> None:
         """Make the module's output zero, for the end of a residual branch."""
         for norm in (self.primary_conv[1], self.cheap_operation[1]):
-            if getattr(norm, "weight", None) is not None:
-                nn.init.zeros_(norm.weight)
+            weight = getattr(norm, "weight", None)
+            if weight is not None:
+                nn.init.zeros_(weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         primary = self.primary_conv(x)
