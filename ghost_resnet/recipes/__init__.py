@@ -1,0 +1,212 @@
+"""Training recipes: what a training run does, as one small readable file each."""
+
+import dataclasses
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import tomli_w
+
+from ..errors import RecipeError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+FOLDER = Path(__file__).parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """All that decides how a network is trained. A TOML file holds the same names.
+
+    Attributes:
+        arch: A network that timm knows.
+        model_args: Further arguments of the network.
+        head_classes: Outputs of the network; 0 means as many as the photos have classes.
+
+        img_size: Side of the training images, in pixels.
+        final_img_size: Side in the last `final_epochs` epochs, and of the finished classifier's input; 0 means
+            `img_size`.
+        final_epochs: See `final_img_size`.
+        crop_mode: How photos come to their size: "center" keeps the aspect ratio, "squash" gives it up.
+        crop_pct: Share of the photo's side that validation and prediction keep, in (0, 1].
+        interpolation: "bilinear" or "bicubic".
+        normalize: "imagenet" mean and std, or those of the training photos: "data".
+        cache_side: Keep decoded photos in memory with this shorter side; 0 decodes at each access.
+
+        crop: Training crop: "resized" (random area and aspect, resized) or "padded" (random position after
+            padding by `crop_padding`).
+        crop_scale: Smallest and largest share of the area of a "resized" crop.
+        crop_padding: Pixels of zero around the photo for a "padded" crop.
+        hflip: Probability of a horizontal flip.
+        vflip: Probability of a vertical flip.
+        rotation: Largest random rotation, in degrees ("padded" crop only).
+        color_jitter: Strength of random brightness, contrast and saturation ("resized" crop only).
+        auto_augment: timm's name of an automatic augmentation, such as "rand-m7-mstd0.5" ("resized" crop only).
+        random_erasing: Probability of erasing a random rectangle ("resized" crop only).
+        mixup: Mixup's alpha; 0 is off.
+        cutmix: CutMix's alpha; 0 is off.
+        label_smoothing: In 0..1.
+        balance: Exponent of class-balanced sampling: 0 draws each photo once an epoch, 1 all classes alike.
+
+        epochs: Passes over the training photos.
+        batch_size: Photos a step, over all processes.
+        opt: timm's name of the optimizer.
+        lr: Peak learning rate.
+        momentum: Of SGD, or beta1.
+        weight_decay: L2 penalty.
+        decay_all: Also decay biases and norms, as plain `torch.optim` does; timm leaves them out.
+        sched: timm's name of the schedule: "cosine" or "multistep".
+        warmup_epochs: Linear warm-up from zero.
+        milestones: Epochs at which "multistep" multiplies the learning rate by `decay_rate`.
+        decay_rate: See `milestones`.
+        clip_grad: Largest gradient norm; 0 is off.
+        ema_decay: Exponential moving average of the weights, which is then what is evaluated and saved; 0 is off.
+
+        precision: "fp32", "bf16", "fp16", or "auto": bf16 where the hardware has it.
+        workers: Processes that prepare images; 0 prepares them in the training process.
+        seed: Of everything random.
+    """
+
+    arch: str = "ghost_resnet50"
+    model_args: dict[str, Any] = field(default_factory=dict)
+    head_classes: int = 0
+
+    img_size: int = 224
+    final_img_size: int = 0
+    final_epochs: int = 0
+    crop_mode: str = "center"
+    crop_pct: float = 1.0
+    interpolation: str = "bicubic"
+    normalize: str = "imagenet"
+    cache_side: int = 0
+
+    crop: str = "resized"
+    crop_scale: tuple[float, ...] = (0.35, 1.0)
+    crop_padding: int = 4
+    hflip: float = 0.5
+    vflip: float = 0.0
+    rotation: float = 0.0
+    color_jitter: float = 0.0
+    auto_augment: str = ""
+    random_erasing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    label_smoothing: float = 0.0
+    balance: float = 0.0
+
+    epochs: int = 30
+    batch_size: int = 32
+    opt: str = "sgd"
+    lr: float = 0.05
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    decay_all: bool = False
+    sched: str = "cosine"
+    warmup_epochs: int = 0
+    milestones: tuple[int, ...] = ()
+    decay_rate: float = 0.1
+    clip_grad: float = 0.0
+    ema_decay: float = 0.0
+
+    precision: str = "auto"
+    workers: int = 0
+    seed: int = 0
+
+    @property
+    def eval_size(self) -> int:
+        """Side of the finished classifier's input, in pixels."""
+        return self.final_img_size or self.img_size
+
+    def size_at(self, epoch: int) -> int:
+        """Side of the training images in epoch 0, 1, ..."""
+        return self.eval_size if epoch >= self.epochs - self.final_epochs else self.img_size
+
+    def replace(self, changes: Mapping[str, Any]) -> "Recipe":
+        """A recipe with some values changed, checked.
+
+        Raises:
+            RecipeError: An unknown name or a value of the wrong type.
+        """
+        types = get_type_hints(Recipe)
+        checked = {}
+        for name, value in changes.items():
+            if name not in types:
+                raise RecipeError(f"a recipe has no {name!r}; it has {', '.join(types)}")
+            checked[name] = _convert(name, value, types[name])
+        recipe = dataclasses.replace(self, **checked)
+        recipe._check()
+        return recipe
+
+    def _check(self) -> None:
+        allowed = {
+            "crop": ("resized", "padded"),
+            "crop_mode": ("center", "squash"),
+            "normalize": ("imagenet", "data"),
+            "precision": ("auto", "fp32", "bf16", "fp16"),
+        }
+        for name, choices in allowed.items():
+            if getattr(self, name) not in choices:
+                raise RecipeError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+        for name in ("epochs", "batch_size", "img_size"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    def to_toml(self) -> str:
+        """The recipe as a TOML file that `load_recipe` reads back."""
+        return tomli_w.dumps(dataclasses.asdict(self))
+
+
+def _convert(name: str, value: Any, kind: Any) -> Any:
+    origin = get_origin(kind) or kind
+    if origin is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if origin is tuple and isinstance(value, list | tuple):
+        element = get_args(kind)[0]
+        return tuple(_convert(name, item, element) for item in value)
+    if isinstance(value, origin) and not (origin is int and isinstance(value, bool)):
+        return value
+    raise RecipeError(f"{name} must be {kind if get_args(kind) else kind.__name__}, got {value!r}")
+
+
+def names() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+
+
+def load_recipe(source: str | Path | Recipe) -> Recipe:
+    """Read a recipe by its name, from a TOML file, or take one that is there already.
+
+    Raises:
+        RecipeError: No such recipe, or not a valid one.
+    """
+    if isinstance(source, Recipe):
+        return source
+    path = FOLDER / f"{source}.toml" if str(source) in names() else Path(source)
+    if not path.is_file():
+        raise RecipeError(f"no recipe {str(source)!r}: expected one of {', '.join(names())}, or a TOML file")
+    try:
+        return Recipe().replace(tomllib.loads(path.read_text(encoding="utf-8")))
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{path} is no valid TOML: {error}") from error
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from error
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Turn "lr=3e-4" into ("lr", 0.0003). A value that is not TOML is taken as a string.
+
+    Raises:
+        RecipeError: No `=` in it.
+    """
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise RecipeError(f"expected key=value, got {text!r}")
+    try:
+        return name.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return name.strip(), value.strip()
