@@ -14,7 +14,7 @@ from PIL import Image
 
 from . import hub
 from .data import ImageSource, Preprocessing
-from .errors import UnreadableImageError
+from .errors import ConfigError, UnreadableImageError
 from .runtimes import Runtime
 
 BATCH_SIZE = 16
@@ -51,9 +51,13 @@ class GarbageClassifier:
 
     Args:
         runtime: What runs the network.
-        labels: Class names; the network's output i is class i. Outputs beyond them are never an answer.
+        labels: Class names; the network's output i is class i. Outputs beyond them are never an answer, but
+            take their share of the probability.
         preprocessing: What is done to a photo first.
         temperature: The logits are divided by it, so that scores are calibrated (Guo et al., 2017).
+
+    Raises:
+        ConfigError: No labels, or a temperature that is not above 0.
     """
 
     def __init__(
@@ -63,24 +67,27 @@ class GarbageClassifier:
         preprocessing: Preprocessing,
         temperature: float = 1.0,
     ) -> None:
+        if not labels:
+            raise ConfigError("this model names no classes: expected 'label_names' in its config.json")
+        if not isinstance(temperature, int | float) or not 0 < temperature < float("inf"):
+            raise ConfigError(f"temperature must be a number above 0, got {temperature!r}")
         self.runtime = runtime
         self.labels = tuple(labels)
         self.preprocessing = preprocessing
         self.temperature = temperature
 
     @classmethod
-    def from_pretrained(
-        cls, source: str | Path | None = None, *, device: str | None = None
-    ) -> "GarbageClassifier":
+    def from_pretrained(cls, source: str | Path | None = None, *, device: str | None = None) -> "GarbageClassifier":
         """Open a classifier.
 
         Args:
-            source: None for the package's default weights, a weight tag, a run folder, a .safetensors file, "hf-hub:owner/repo@revision" or
-                "local-dir:folder".
+            source: None for the package's default weights, a weight tag, a run folder, a .safetensors file,
+                "hf-hub:owner/repo@revision" or "local-dir:folder".
             device: Such as "cpu" or "cuda:1"; None takes a GPU if there is one.
 
         Raises:
-            HubError: No such source, or its files are not what they should be.
+            SourceError: Nothing by that name.
+            GhostResNetError: Its files can't be had, or are not what they should be.
         """
         from .runtimes.torch import TorchRuntime
 
@@ -89,7 +96,7 @@ class GarbageClassifier:
             TorchRuntime(files, device),
             files.labels,
             Preprocessing.from_config(files.config["pretrained_cfg"]),
-            float(files.config.get("temperature", 1.0)),
+            files.temperature,
         )
 
     @property
@@ -98,7 +105,7 @@ class GarbageClassifier:
         return self.runtime.parameters
 
     @overload
-    def predict(self, photos: ImageSource) -> Prediction: ...
+    def predict(self, photos: ImageSource) -> Prediction: ...  # type: ignore[overload-overlap]
     @overload
     def predict(self, photos: Iterable[ImageSource]) -> list[Prediction]: ...
 
@@ -115,12 +122,18 @@ class GarbageClassifier:
         """
         if isinstance(photos, str | Path | bytes | Image.Image | np.ndarray) or hasattr(photos, "read"):
             return next(self.predict_stream([photos]))  # type: ignore[list-item]
-        return list(self.predict_stream(photos))  # type: ignore[arg-type]
+        return list(self.predict_stream(photos))
 
-    def predict_stream(
-        self, photos: Iterable[ImageSource], *, batch_size: int = BATCH_SIZE
-    ) -> Iterator[Prediction]:
-        """Classify photos one after another, lazily, in order and in bounded memory."""
+    def predict_stream(self, photos: Iterable[ImageSource], *, batch_size: int = BATCH_SIZE) -> Iterator[Prediction]:
+        """Classify photos one after another, lazily, in order and in bounded memory.
+
+        Args:
+            photos: As in `predict`; at most three batches of them are in memory at a time.
+            batch_size: Photos that go through the network at once.
+
+        Yields:
+            A `Prediction` for each photo. One that can't be read has its `error` set, the others go on.
+        """
         for logits in self.logits_stream(photos, batch_size=batch_size):
             yield self._answer(logits)
 

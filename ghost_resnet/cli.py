@@ -1,10 +1,11 @@
 """The command line: one thin command a function. Results go to stdout, everything else to stderr."""
 
 import csv
+import io
 import json
 import logging
-import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -58,6 +59,10 @@ def main(
         format="%(levelname)s: %(message)s",
         stream=sys.stderr,
     )
+    if not verbose:
+        warnings.simplefilter("ignore")  # Pillow's, of photos with odd metadata
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file may have a name that is no UTF-8
 
 
 @app.command()
@@ -93,12 +98,11 @@ def predict(
                 if output is Format.csv:
                     score = "" if prediction.error else f"{prediction.score:.6f}"
                     writer.writerow([path, prediction.label, score, prediction.error or ""])
+                    sys.stdout.flush()
                 elif output is Format.jsonl:
                     typer.echo(json.dumps({"path": str(path), **prediction.to_report()}, ensure_ascii=False))
                 elif not prediction.error:
-                    typer.echo(
-                        f"{path}: " + ", ".join(f"{label} {score:.3f}" for label, score in prediction.scores)
-                    )
+                    typer.echo(f"{path}: " + ", ".join(f"{label} {score:.3f}" for label, score in prediction.scores))
     if failed:
         raise typer.Exit(1)
 
@@ -108,9 +112,7 @@ def evaluate(
     data: Data,
     splits: Splits = None,
     model: Model = None,
-    output: Annotated[
-        Path | None, typer.Option("--json", help="Also write all figures to this file.")
-    ] = None,
+    output: Annotated[Path | None, typer.Option("--json", help="Also write all figures to this file.")] = None,
 ) -> None:
     """Measure a classifier on labelled photos: the report's lines and a table of the classes."""
     from .evaluation import evaluate as run
@@ -132,7 +134,7 @@ def evaluate(
         f"Top 1 accuracy {metrics.top1:.4f} (95 % interval {low:.4f} to {high:.4f}), macro F1 {metrics.macro_f1:.4f}, "
         f"ECE {metrics.ece:.4f}, {metrics.photos} photos\n"
     )
-    width = max(map(len, metrics.per_class))
+    width = max(map(len, ("class", *metrics.per_class)))
     typer.echo(f"{'class':<{width}}  precision  recall      f1  photos")
     for name, figures in metrics.per_class.items():
         typer.echo(
@@ -174,6 +176,113 @@ def finetune(
     typer.echo(result.folder)
 
 
+hub_app = typer.Typer(help="Weights: list, download, verify, push, convert.", no_args_is_help=True)
+app.add_typer(hub_app, name="hub")
+Source = Annotated[str, typer.Argument(help="Weight tag, run folder, .safetensors file or hf-hub:owner/repo@revision.")]
+Cache = Annotated[Path | None, typer.Option(help="Cache of downloads in place of Hugging Face's.")]
+
+
+@hub_app.command("list")
+def hub_list(cache_dir: Cache = None) -> None:
+    """List the weights that this version knows, and where they are."""
+    from . import hub
+
+    for tag, entry in hub.manifest().items():
+        path = hub.local_file(tag, cache_dir=cache_dir)
+        where = path or (f"hf-hub:{entry.hf_hub_id}" if entry.hf_hub_id else "not here")
+        typer.echo(f"{tag}  {entry.size / 1e6:.1f} MB  {', '.join(entry.classes)}  {where}")
+
+
+@hub_app.command("download")
+def hub_download(source: Source, cache_dir: Cache = None) -> None:
+    """Get weights if they are not here yet, verify them, and print where they are."""
+    from . import hub
+
+    with _errors_as_exit_2():
+        typer.echo(hub.resolve(source, cache_dir=cache_dir).weights)
+
+
+@hub_app.command("verify")
+def hub_verify(
+    sources: Annotated[
+        list[str] | None, typer.Argument(help="What to verify; without it, every tag whose weights are here.")
+    ] = None,
+    cache_dir: Cache = None,
+) -> None:
+    """Verify weights: their hash, and that they are whole, finite and fit their network.
+
+    Exit status: 0 all are good; 1 some are not (each is named on stderr).
+    """
+    from . import hub
+
+    here = [tag for tag in hub.manifest() if hub.local_file(tag, cache_dir=cache_dir)]
+    failed = False
+    for source in sources or here:
+        try:
+            files = hub.resolve(source, cache_dir=cache_dir)
+            hub.load_model(files)
+            typer.echo(f"{source}: good ({files.weights})")
+        except GhostResNetError as error:
+            typer.echo(f"ghost-resnet: {error}", err=True)
+            failed = True
+    if failed:
+        raise typer.Exit(1)
+
+
+@hub_app.command("push")
+def hub_push(
+    source: Source,
+    repo_id: Annotated[str, typer.Argument(help="owner/name; made if it is not there.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to.")] = None,
+) -> None:
+    """Upload a model to the Hugging Face Hub and print the commit's address. Needs HF_TOKEN or `hf auth login`."""
+    from . import hub
+
+    with _errors_as_exit_2():
+        typer.echo(hub.push_to_hub(source, repo_id, private=private, revision=revision))
+
+
+@hub_app.command("convert")
+def hub_convert(
+    checkpoint: Annotated[Path, typer.Argument(help="A .pth file of the report's own code; only tensors are read.")],
+    out: Annotated[Path, typer.Option(help="Folder to make.")],
+    labels: Annotated[str, typer.Option(help="Names of the classes in the order of the outputs, comma between.")],
+    architecture: Annotated[str, typer.Option(help="Network that the checkpoint is of.")] = "ghost_resnet50_cifar",
+) -> None:
+    """Turn a checkpoint of the report's own code into a folder that everything here opens."""
+    from .conversion import convert
+
+    with _errors_as_exit_2():
+        typer.echo(convert(checkpoint, out, labels=labels.split(","), architecture=architecture))
+
+
+@hub_app.command("embed", hidden=True)
+def hub_embed(
+    run: Annotated[Path, typer.Argument(help="Run folder with metrics.json.")],
+    tag: Annotated[str, typer.Argument(help="architecture.name")],
+    measured_on: Annotated[str, typer.Option(help="Name of the list of photos of metrics.json.")],
+    origin: Annotated[str, typer.Option(help="How the weights came to be, one sentence.")],
+    hf_hub_id: Annotated[str | None, typer.Option(help="owner/repo that holds, or will hold, the same file.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Commit or git tag of that repository.")] = None,
+) -> None:
+    """Take a run's weights into this checkout of the package, as fp16 (for maintainers)."""
+    from . import hub
+
+    with _errors_as_exit_2():
+        metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+        entry = hub.embed(
+            run,
+            tag,
+            metrics=metrics,
+            measured_on=measured_on,
+            origin=origin,
+            hf_hub_id=hf_hub_id,
+            revision=revision,
+        )
+    typer.echo(f"{entry.embedded}  {entry.size / 1e6:.1f} MB  {entry.sha256}")
+
+
 class _Reporter:
     """Shows a training run as a bar on a terminal, as one line an epoch elsewhere."""
 
@@ -187,9 +296,7 @@ class _Reporter:
         self.bar.update(self.task, description=text, completed=done, total=progress.epochs * progress.steps)
         if progress.epoch_done:
             val = "" if progress.val_top1 is None else f"  val top-1 {progress.val_top1:.4f}"
-            typer.echo(
-                f"{text}{val}  lr {progress.lr:.5f}  {progress.images_per_second:.1f} photos/s", err=True
-            )
+            typer.echo(f"{text}{val}  lr {progress.lr:.5f}  {progress.images_per_second:.1f} photos/s", err=True)
 
 
 @contextmanager
@@ -225,9 +332,11 @@ def _errors_as_exit_2() -> Iterator[None]:
     except GhostResNetError as error:
         typer.echo(f"ghost-resnet: {error}", err=True)
         raise typer.Exit(2) from None
-    except BrokenPipeError:  # the reader has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(1) from None
+    except BrokenPipeError:  # the reader has had enough: typer ends quietly
+        raise
+    except OSError as error:
+        typer.echo(f"ghost-resnet: {error}", err=True)
+        raise typer.Exit(2) from None
 
 
 def _named_errors(answers: "Iterator[tuple[Path, Prediction]]") -> "Iterator[tuple[Path, Prediction]]":

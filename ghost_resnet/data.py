@@ -8,7 +8,9 @@ import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,13 +18,17 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from .errors import DataError, UnreadableImageError
+from .errors import ConfigError, DataError, UnreadableImageError
 
 logger = logging.getLogger(__name__)
 
-IMAGE_SUFFIXES = frozenset(".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .avif .ppm".split())
+IMAGE_SUFFIXES = frozenset(
+    [".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm"]
+)
 MAX_PIXELS = 100_000_000
 """Photos with more pixels than this are refused before they are decoded."""
+MAX_ASPECT = 20
+"""Of a photo longer than so many times its shorter side, only the middle is looked at."""
 
 ImageSource = str | Path | bytes | BinaryIO | Image.Image | npt.NDArray[Any]
 """What `read_image` takes."""
@@ -36,7 +42,7 @@ def read_image(source: ImageSource, *, min_side: int | None = None) -> Image.Ima
 
     Args:
         source: A path, the bytes of an image file, an open binary file, a PIL image, or an array
-            `(H, W)`, `(H, W, 1)`, `(H, W, 3)` or `(H, W, 4)` of dtype uint8.
+            `(H, W)`, `(H, W, 1)`, `(H, W, 3)` or `(H, W, 4)` of dtype uint8. It is not changed.
         min_side: Allow a JPEG to be decoded at a reduced scale whose shorter side is at least this many
             pixels, which is several times faster for large photos.
 
@@ -45,34 +51,25 @@ def read_image(source: ImageSource, *, min_side: int | None = None) -> Image.Ima
     """
     name = _describe(source)
     try:
-        if isinstance(source, np.ndarray):
-            image = _image_from_array(source, name)
-        elif isinstance(source, Image.Image):
-            image = source
-        else:
-            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-        width, height = image.size
-        if width * height > MAX_PIXELS:
-            raise UnreadableImageError(
-                f"{name}: {width} x {height} pixels are more than the {MAX_PIXELS:,} that are read; "
-                "make it smaller first"
-            )
-        if min_side and image.format == "JPEG" and not isinstance(source, Image.Image):
-            scale = min_side / min(width, height)
-            if scale < 1:
-                image.draft("RGB", (math.ceil(width * scale), math.ceil(height * scale)))
-        return _to_rgb(ImageOps.exif_transpose(image), name)
+        with _open(source, name) as image:
+            width, height = image.size
+            if not 0 < width * height <= MAX_PIXELS:
+                raise UnreadableImageError(
+                    f"{name}: expected 1 to {MAX_PIXELS:,} pixels, got {width} x {height}; resize it first"
+                )
+            if min_side and not isinstance(source, Image.Image):
+                scale = min(1, min_side / min(width, height))
+                image.draft("RGB", (math.ceil(width * scale), math.ceil(height * scale)))  # JPEG only
+            return _to_rgb(ImageOps.exif_transpose(image), name)
     except UnreadableImageError:
         raise
-    except FileNotFoundError as error:
-        raise UnreadableImageError(f"{name}: no such file") from error
-    except IsADirectoryError as error:
-        raise UnreadableImageError(f"{name}: a folder, not a photo") from error
     except UnidentifiedImageError as error:
-        raise UnreadableImageError(f"{name}: not an image, or a kind that can't be read") from error
+        raise UnreadableImageError(f"{name}: no image of a kind that is read ({', '.join(_formats())})") from error
     except Image.DecompressionBombError as error:
-        raise UnreadableImageError(f"{name}: far too many pixels ({error}); make it smaller first") from error
-    except (OSError, ValueError, SyntaxError, EOFError, MemoryError) as error:
+        raise UnreadableImageError(f"{name}: far too many pixels ({error}); resize it first") from error
+    except Exception as error:  # Pillow's readers raise anything on a damaged file
+        if isinstance(error, OSError) and error.strerror:
+            raise UnreadableImageError(f"{name}: can't be opened ({error.strerror})") from error
         raise UnreadableImageError(f"{name}: damaged or cut short ({error})") from error
 
 
@@ -81,7 +78,29 @@ def _describe(source: ImageSource) -> str:
         return str(source)
     if isinstance(source, bytes):
         return f"image of {len(source)} bytes"
-    return f"image given as {type(source).__name__}"
+    file = getattr(source, "filename", None) or getattr(source, "name", None)
+    return str(file) if file else f"image given as {type(source).__name__}"
+
+
+def _open(source: ImageSource, name: str) -> AbstractContextManager[Image.Image]:
+    if isinstance(source, Image.Image):
+        return nullcontext(source)
+    if isinstance(source, np.ndarray):
+        return _image_from_array(source, name)
+    if isinstance(source, bytes):
+        return Image.open(io.BytesIO(source), formats=_formats())
+    if isinstance(source, str | Path) or hasattr(source, "read"):
+        return Image.open(source, formats=_formats())
+    raise UnreadableImageError(
+        f"{name}: expected a path, bytes, a binary file, a PIL image or a uint8 array, got {type(source).__name__}"
+    )
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Pillow's names of the formats of `IMAGE_SUFFIXES`: it reads others too, some through other programs."""
+    known = Image.registered_extensions()
+    return tuple(sorted({known[suffix] for suffix in IMAGE_SUFFIXES if suffix in known}))
 
 
 def _image_from_array(array: npt.NDArray[Any], name: str) -> Image.Image:
@@ -113,7 +132,7 @@ class Preprocessing:
     """What is done to an RGB photo before a network sees it, exactly as timm's evaluation transform does it.
 
     Attributes:
-        input_size: Channels (1 or 3), height, width of the network's input.
+        input_size: Channels (1 or 3), height, width of the network's input, which is square.
         interpolation: "nearest", "bilinear" or "bicubic".
         crop_pct: Share of the resized photo's side that the central crop keeps, in (0, 1].
         crop_mode: "center" (shorter side resized, then cropped) or "squash" (aspect ratio given up).
@@ -129,6 +148,8 @@ class Preprocessing:
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
     def __post_init__(self) -> None:
+        if len(self.input_size) != 3 or not all(isinstance(n, int) for n in self.input_size):
+            raise DataError(f"input_size must be (1 or 3, side, side), got {self.input_size}")
         channels, height, width = self.input_size
         if self.interpolation.upper() not in ("NEAREST", "BILINEAR", "BICUBIC"):
             raise DataError(f"interpolation must be nearest, bilinear or bicubic, got {self.interpolation!r}")
@@ -138,17 +159,26 @@ class Preprocessing:
             raise DataError(f"input_size must be (1 or 3, side, side), got {self.input_size}")
         if not 0 < self.crop_pct <= 1:
             raise DataError(f"crop_pct must be above 0 and at most 1, got {self.crop_pct}")
-        if not len(self.mean) == len(self.std) == channels or min(self.std) <= 0:
-            raise DataError(
-                f"mean and std must hold {channels} numbers, std above 0; got {self.mean}, {self.std}"
-            )
+        if not len(self.mean) == len(self.std) == channels or not all(value > 0 for value in self.std):
+            raise DataError(f"mean and std must hold {channels} numbers, std above 0; got {self.mean}, {self.std}")
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Preprocessing":
-        """Take the preprocessing part of a timm pretrained_cfg."""
+        """Take the preprocessing part of a timm pretrained_cfg.
+
+        Raises:
+            ConfigError: It asks for something that is not done here.
+        """
         names = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
-        given = {name: config[name] for name in names if config.get(name) is not None}
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+        given: dict[str, Any] = {
+            name: tuple(value) if isinstance(value := config[name], list) else value
+            for name in names
+            if config.get(name) is not None
+        }
+        try:
+            return cls(**given)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ConfigError(f"this preprocessing is not supported: {error}") from error
 
     @property
     def resize(self) -> int:
@@ -166,27 +196,30 @@ class Preprocessing:
     def __call__(self, image: Image.Image) -> npt.NDArray[np.float32]:
         """Turn an RGB photo into float32 of shape `input_size`."""
         channels, side, _ = self.input_size
-        image = resize(
-            image, self.resize, squash=self.crop_mode == "squash", interpolation=self.interpolation
-        )
+        if channels == 1:
+            image = image.convert("L")
+        image = resize(image, self.resize, squash=self.crop_mode == "squash", interpolation=self.interpolation)
         left = round((image.width - side) / 2.0)
         top = round((image.height - side) / 2.0)
         image = image.crop((left, top, left + side, top + side))
-        if channels == 1:
-            image = image.convert("L")
         pixels = np.asarray(image, np.float32).reshape(side, side, channels) / np.float32(255)
-        normalised = (pixels - np.float32(self.mean)) / np.float32(self.std)
+        normalised = (pixels - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
         return np.ascontiguousarray(normalised.transpose(2, 0, 1))
 
 
-def resize(
-    image: Image.Image, side: int, *, squash: bool = False, interpolation: str = "bicubic"
-) -> Image.Image:
-    """Resize so that the shorter side is `side` pixels long, or both sides if `squash`."""
+def resize(image: Image.Image, side: int, *, squash: bool = False, interpolation: str = "bicubic") -> Image.Image:
+    """Resize so that the shorter side is `side` pixels long, or both sides if `squash`.
+
+    Unless `squash`, what lies beyond `MAX_ASPECT` is cut off evenly first: a line of 1 x 5,000 pixels would
+    take gigabytes.
+    """
     if squash:
         size = (side, side)
     else:
         shorter, longer = sorted(image.size)
+        if (margin := (longer - MAX_ASPECT * shorter) // 2) > 0:
+            image = ImageOps.crop(image, (margin, 0) if image.width > image.height else (0, margin))
+            longer -= 2 * margin
         longer = int(side * longer / shorter)
         size = (side, longer) if image.width <= image.height else (longer, side)
     if image.size == size:
@@ -238,6 +271,8 @@ class Photos:
             raise DataError(f"expected a folder of class folders at {root}, found none")
         found = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
         order = tuple(classes) if classes is not None else tuple(found)
+        if len(set(order)) < len(order):
+            raise DataError(f"expected every class once, got {', '.join(order)}")
         listed = (
             _read_splits(root, splits)
             if splits
@@ -249,20 +284,25 @@ class Photos:
                 "take a model that knows them, or remove these photos"
             )
         if not listed:
-            raise DataError(f"no photos under {root}: expected {root}/<class>/<photo>.jpg")
+            where = f"listed in {', '.join(map(str, splits))}" if splits else f"under {root}"
+            raise DataError(f"no photos {where}: expected {root}/<class>/<photo>.jpg")
+        if classes is None and not splits and (empty := set(order) - {path.parts[0] for path in listed}):
+            logger.warning("%s: no photos of %s, which is a class all the same", root, ", ".join(sorted(empty)))
         index = {name: i for i, name in enumerate(order)}
-        return cls(
-            tuple(root / path for path in listed), tuple(index[path.parts[0]] for path in listed), order
-        )
+        return cls(tuple(root / path for path in listed), tuple(index[path.parts[0]] for path in listed), order)
 
 
 def find_images(folder: Path) -> list[Path]:
-    """The image files below a folder, sorted; hidden ones and other files are left out."""
-    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith(".")]
-    images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
-    if len(images) < len(files):
-        other = next(path for path in files if path.suffix.lower() not in IMAGE_SUFFIXES)
-        logger.warning("%d files in %s are no photos, %s first", len(files) - len(images), folder, other)
+    """The image files below a folder, sorted; what is hidden and other files are left out."""
+    paths = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts) and not path.is_dir()
+    ]
+    images = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
+    if len(images) < len(paths):
+        other = next(path for path in paths if path.suffix.lower() not in IMAGE_SUFFIXES)
+        logger.warning("%d in %s left out that are no photos, %s first", len(paths) - len(images), folder, other)
     return images
 
 
@@ -271,7 +311,11 @@ def _read_splits(root: Path, splits: Iterable[str | Path]) -> list[Path]:
     for split in map(Path, splits):
         if not split.is_file():
             raise DataError(f"no split file at {split}: expected a text file with one class/file.jpg a line")
-        for number, line in enumerate(split.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            lines = split.read_text(encoding="utf-8-sig").split("\n")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{split}: expected UTF-8 text with one class/file.jpg a line, got {error}") from error
+        for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             path = Path(line.strip())
@@ -297,7 +341,8 @@ class PhotoDataset:
         squash: Give up the aspect ratio when the photo is put into the cache.
 
     Raises:
-        DataError: Some photos can't be read; all of them are named.
+        DataError: Some photos can't be read into the cache; all of them are named. Without a cache one that
+            can't be read raises `UnreadableImageError` when it is accessed.
     """
 
     def __init__(self, photos: Photos, transform: Any, *, cache_side: int = 0, squash: bool = False) -> None:
@@ -329,7 +374,7 @@ class PhotoDataset:
             squares += (pixels**2).sum(0)
             count += len(pixels)
         mean = total / count
-        return tuple(mean.tolist()), tuple(np.sqrt(squares / count - mean**2).tolist())
+        return tuple(mean.tolist()), tuple(np.sqrt(np.maximum(squares / count - mean**2, 0)).tolist())
 
 
 def _decode_all(paths: Sequence[Path], side: int, squash: bool) -> Iterator[npt.NDArray[np.uint8]]:

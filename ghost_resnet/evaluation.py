@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy.stats import bootstrap
 from torchmetrics.functional.classification import (
     multiclass_accuracy,
     multiclass_calibration_error,
@@ -46,7 +45,7 @@ class Metrics:
         top1_interval: 95 % bootstrap interval of `top1` (percentile, 2,000 resamples).
         top5: Share of photos whose five most likely classes hold the right one.
         loss: Mean cross-entropy, in nats.
-        macro_f1: Mean F1 of the classes.
+        macro_f1: Mean F1 of the classes that the photos show.
         ece: Expected calibration error, 15 bins (Guo et al., 2017).
         parameters: Number of parameters of the network.
         per_class: Figures of each class, in class order.
@@ -120,16 +119,14 @@ def compute_metrics(
 
 
 def _interval(correct: npt.NDArray[np.float64]) -> tuple[float, float]:
-    if len(correct) < 2 or correct.min() == correct.max():
-        return float(correct.mean()), float(correct.mean())
-    interval = bootstrap(
-        (correct,), np.mean, n_resamples=2000, method="percentile", rng=np.random.default_rng(0)
-    ).confidence_interval
-    return float(interval.low), float(interval.high)
+    # Photos drawn anew from these, with replacement, are right or wrong like flips of a coin.
+    resampled = np.random.default_rng(0).binomial(len(correct), correct.mean(), size=2000) / len(correct)
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    return float(low), float(high)
 
 
 def evaluate(
-    source: str | Path | GarbageClassifier,
+    source: str | Path | GarbageClassifier | None,
     data: str | Path,
     *,
     splits: Sequence[str | Path] = (),
@@ -138,7 +135,7 @@ def evaluate(
     """Measure a classifier on a folder of photos.
 
     Args:
-        source: What `GarbageClassifier.from_pretrained` takes, or a classifier.
+        source: What `GarbageClassifier.from_pretrained` takes (None means the package's weights), or a classifier.
         data: Folder that holds one folder a class.
         splits: Split files to keep to; none takes every photo in `data`.
         on_progress: Called with the photos done and the photos in all.
@@ -146,9 +143,7 @@ def evaluate(
     Raises:
         DataError: The photos are not as expected, or some can't be read.
     """
-    classifier = (
-        source if isinstance(source, GarbageClassifier) else GarbageClassifier.from_pretrained(source)
-    )
+    classifier = source if isinstance(source, GarbageClassifier) else GarbageClassifier.from_pretrained(source)
     photos = Photos.from_folder(data, splits=splits, classes=classifier.labels)
     logits, errors = [], []
     for done, result in enumerate(classifier.logits_stream(photos.paths), 1):

@@ -22,7 +22,7 @@ class TorchRuntime:
         model = hub.load_model(files)
         self.parameters = sum(p.numel() for p in model.parameters())
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.model = fold_batch_norm(model).to(self.device, memory_format=torch.channels_last)
+        self.model = fold_batch_norm(model).to(self.device).to(memory_format=torch.channels_last)
 
     @torch.inference_mode()
     def __call__(self, batch: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
