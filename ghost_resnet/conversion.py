@@ -53,9 +53,7 @@ def convert(
     converted = {}
     for part in ours:
         if len(ours[part]) != len(theirs[part]):
-            raise WeightsError(
-                f"{misfit}expected {len(ours[part])} tensors in {part}, got {len(theirs[part])}"
-            )
+            raise WeightsError(f"{misfit}expected {len(ours[part])} tensors in {part}, got {len(theirs[part])}")
         for name, given in zip(ours[part], theirs[part], strict=True):
             if name.split(".")[-1] != given.split(".")[-1] or expected[name].shape != state[given].shape:
                 raise WeightsError(

@@ -215,15 +215,28 @@ def _resolve_tag(tag: str, cache_dir: str | Path | None) -> ModelFiles:
     repair = "pip install --force-reinstall --no-deps ghost-resnet"
     if entry.hf_hub_id:
         repair = f"ghost-resnet hub download {tag}"
-    path = entry.embedded
-    if not path.is_file():
+    path = local_file(tag, cache_dir=cache_dir)
+    if path is None:
         if entry.hf_hub_id is None:
             raise SourceError(
-                f"the weights of {tag} are not here: expected {path}, and no hub has them; run `{repair}`"
+                f"the weights of {tag} are not here: expected {entry.embedded}, and no hub has them; run `{repair}`"
             )
-        path = _download(entry.hf_hub_id, entry.revision, _WEIGHTS_NAME, cache_dir, cached_first=True)
+        path = _download(entry.hf_hub_id, entry.revision, _WEIGHTS_NAME, cache_dir)
     _verify(path, entry.sha256, repair)
     return ModelFiles(path, entry.config(tag), tag)
+
+
+def local_file(tag: str, *, cache_dir: str | Path | None = None) -> Path | None:
+    """Return where a tag's weights are on this disk, unverified: in the package, else in the cache, else None."""
+    entry = manifest()[tag]
+    if entry.embedded.is_file():
+        return entry.embedded
+    if entry.hf_hub_id is None:
+        return None
+    from huggingface_hub import try_to_load_from_cache  # late, as it takes as long to import as the rest
+
+    cached = try_to_load_from_cache(entry.hf_hub_id, _WEIGHTS_NAME, cache_dir=cache_dir, revision=entry.revision)
+    return Path(cached) if isinstance(cached, str) else None
 
 
 def _resolve_hub(source: str, cache_dir: str | Path | None) -> ModelFiles:
@@ -268,53 +281,60 @@ def _resolve_local(source: str) -> ModelFiles:
     return ModelFiles(path, _read_config(path.parent / _CONFIG_NAME), source)
 
 
-def _download(
-    repo: str, revision: str | None, name: str, cache_dir: str | Path | None, *, cached_first: bool = False
-) -> Path:
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+def _download(repo: str, revision: str | None, name: str, cache_dir: str | Path | None) -> Path:
+    from huggingface_hub import hf_hub_download
 
-    if cached_first:
-        cached = try_to_load_from_cache(repo, name, cache_dir=cache_dir, revision=revision)
-        if isinstance(cached, str):
-            return Path(cached)
     at = f"{repo}@{revision}" if revision else repo
     outcome: Future[str] = Future()
 
     def download() -> None:
         try:
             outcome.set_result(
-                hf_hub_download(
-                    repo, name, revision=revision, cache_dir=cache_dir, library_name="ghost-resnet"
-                )
+                hf_hub_download(repo, name, revision=revision, cache_dir=cache_dir, library_name="ghost-resnet")
             )
         except BaseException as error:
             outcome.set_exception(error)
 
-    # The client waits without end for a server that sends a byte now and then, or the same half of a file again
-    # and again. A thread of our own, since an executor's would be waited for when the program ends.
+    # The client waits without end for a server that sends a byte now and then, or the same half of a file
+    # again and again. A thread of our own, since an executor's would be waited for when the program ends.
     deadline = float(os.environ.get("GHOST_RESNET_DOWNLOAD_TIMEOUT", 3600))
     thread = threading.Thread(target=download, daemon=True)
     thread.start()
     thread.join(deadline)
     if thread.is_alive():
         raise DownloadError(
-            f"can't get {name} of {at} from the hub: not done after {deadline:g} seconds; try again, or raise "
-            "the environment variable GHOST_RESNET_DOWNLOAD_TIMEOUT"
+            f"can't get {name} of {at} from the hub: not done after {deadline:g} seconds; try again, or "
+            "raise the environment variable GHOST_RESNET_DOWNLOAD_TIMEOUT"
         )
     try:
         return Path(outcome.result())
     except Exception as error:  # the client's own, its HTTP library's (which one varies) and the system's
-        raise DownloadError(f"can't get {name} of {at} from the hub: {_summary(error)}") from error
+        raise DownloadError(f"can't get {name} of {at} from the hub: {_summary(error)}; {_remedy(error)}") from error
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
 
 
 def _summary(error: BaseException) -> str:
     """The first line of an error and of what caused it."""
     lines: list[str] = []
-    cause: BaseException | None = error
-    while cause is not None and len(lines) < 3:
-        lines.append(str(cause).strip().partition("\n")[0] or type(cause).__name__)
-        cause = cause.__cause__
-    return "; because ".join(dict.fromkeys(lines))
+    for cause in _chain(error):
+        line = str(cause).strip().partition("\n")[0] or type(cause).__name__
+        if not any(line in known for known in lines):
+            lines.append(line)
+    return "; because ".join(lines)
+
+
+def _remedy(error: BaseException) -> str:
+    statuses = {getattr(getattr(cause, "response", None), "status_code", None) for cause in _chain(error)}
+    if statuses & {401, 403}:
+        return "if it is private or gated, set HF_TOKEN or run `hf auth login`"
+    if 404 in statuses:
+        return "check the names of owner, repository and revision, and HF_TOKEN if it is private"
+    return "check the connection (HTTPS_PROXY; HF_ENDPOINT for a mirror), disk (HF_HOME) and HF_HUB_OFFLINE"
 
 
 def _verify(path: Path, expected: str, repair: str) -> None:
@@ -381,9 +401,7 @@ def _check_config(config: Any, path: Path) -> None:
     need(isinstance(args, dict), "an object under 'model_args'", args)
 
 
-def load_model(
-    source: str | Path | ModelFiles, *, num_classes: int | None = None, **model_kwargs: Any
-) -> nn.Module:
+def load_model(source: str | Path | ModelFiles, *, num_classes: int | None = None, **model_kwargs: Any) -> nn.Module:
     """Load a model in fp32 and evaluation mode.
 
     The whole file must fit the network that its configuration describes. Only then may the caller change the
@@ -496,9 +514,7 @@ def _network(files: ModelFiles) -> tuple[dict[str, Any], dict[str, Any]]:
         raise ConfigError(f"{files.source}: expected arguments of the network in 'model_args', got {taken}")
     for name, value in args.items():
         if name != "num_classes" and not _is_modest(value):
-            raise ConfigError(
-                f"{files.source}: expected a modest {name!r} in 'model_args', got {value!r:.200}"
-            )
+            raise ConfigError(f"{files.source}: expected a modest {name!r} in 'model_args', got {value!r:.200}")
     return cfg, args
 
 
@@ -600,9 +616,7 @@ def save_pretrained(
         if dtype is not None and tensor.is_floating_point():
             tensor = tensor.to(dtype)
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise WeightsError(
-                f"expected finite numbers to save, got NaN or infinity in {name!r} as {tensor.dtype}"
-            )
+            raise WeightsError(f"expected finite numbers to save, got NaN or infinity in {name!r} as {tensor.dtype}")
         state[name] = tensor.contiguous()  # a channels_last model's are not
     config = _config_of(model, labels, preprocessing, tag)
     if metrics:
@@ -657,11 +671,7 @@ def _card(config: dict[str, Any]) -> str:
             " × ".join(map(str, cfg["input_size"])) + f", {cfg['interpolation']}, crop {cfg['crop_pct']}",
         ),
         ("Mean, std", f"{list(cfg['mean'])}, {list(cfg['std'])}"),
-        *(
-            (name, value)
-            for name, value in config.get("metrics", {}).items()
-            if not isinstance(value, dict | list)
-        ),
+        *((name, value) for name, value in config.get("metrics", {}).items() if not isinstance(value, dict | list)),
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     text = f"""---
@@ -725,11 +735,9 @@ def push_to_hub(
         api = HfApi(library_name="ghost-resnet")
         try:
             api.create_repo(repo_id, private=private, exist_ok=True)
-            commit = api.upload_folder(
-                repo_id=repo_id, folder_path=staged, revision=revision, commit_message=message
-            )
+            commit = api.upload_folder(repo_id=repo_id, folder_path=staged, revision=revision, commit_message=message)
         except Exception as error:  # as in _download
-            raise UploadError(f"can't upload {source} to {repo_id}: {_summary(error)}") from error
+            raise UploadError(f"can't upload {source} to {repo_id}: {_summary(error)}; {_remedy(error)}") from error
     return str(commit.commit_url)
 
 
@@ -738,6 +746,7 @@ def embed(
     tag: str,
     *,
     metrics: Mapping[str, Any],
+    measured_on: str,
     origin: str,
     license: str = "apache-2.0",
     hf_hub_id: str | None = None,
@@ -751,7 +760,8 @@ def embed(
     Args:
         source: What `resolve` takes, usually a run folder; the network's arguments must be the defaults.
         tag: `architecture.name`.
-        metrics: What was measured, and under `list` the list of photos it was measured on.
+        metrics: What was measured; numbers and intervals are kept, tables are left to the run.
+        measured_on: Name of the list of photos that it was measured on.
         origin: How the weights came to be, one sentence.
         license: SPDX identifier.
         hf_hub_id: `owner/repo` that holds, or will hold, the same file.
@@ -762,8 +772,7 @@ def embed(
         The new entry.
 
     Raises:
-        ConfigError: `tag` is not of the model's architecture, the network is not the default one, or the
-            metrics don't say on which list they were measured.
+        ConfigError: `tag` is not of the model's architecture, or the network is not the default one.
         GhostResNetError: What `load_model` and `save_pretrained` raise.
     """
     import torch
@@ -774,10 +783,13 @@ def embed(
     cfg, args = _network(files)
     if extra := {name for name in args if name not in ("num_classes", "in_chans", "global_pool")}:
         raise ConfigError(f"expected the network's default arguments, got {sorted(extra)}")
-    if not metrics.get("list"):
-        raise ConfigError(f"expected under 'list' what was measured on, got {sorted(metrics)}")
     model = load_model(files)
     preprocessing = {name: cfg[name] for name in _PREPROCESSING if cfg.get(name) is not None}
+    figures = {
+        name: value
+        for name, value in metrics.items()
+        if all(isinstance(number, int | float) for number in (value if isinstance(value, list | tuple) else [value]))
+    }
     file = f"{tag}.safetensors"
     with TemporaryDirectory(dir=WEIGHTS) as folder:
         save_pretrained(model, folder, labels=files.labels, dtype=torch.float16)
@@ -794,7 +806,7 @@ def embed(
             revision=revision,
             preprocessing=preprocessing,
             temperature=files.config.get("temperature"),
-            metrics=dict(metrics),
+            metrics={"list": measured_on, **figures},
             license=license,
             origin=origin,
             date=made or date.today().isoformat(),
