@@ -55,7 +55,7 @@ class UploadError(GhostResNetError, OSError):
     """The hub can't be reached, or refuses what is sent."""
 
 
-class IntegrityError(GhostResNetError, OSError):
+class IntegrityError(GhostResNetError, ValueError):
     """A file's hash is not the expected one.
 
     Attributes:
@@ -67,8 +67,12 @@ class IntegrityError(GhostResNetError, OSError):
     """
 
     def __init__(self, file: Path, expected: str, got: str, repair: str, aside: Path | None) -> None:
-        moved = f"moved aside to {aside}" if aside else "it could not be moved aside, so remove it yourself"
-        super().__init__(
-            f"{file} is not what it should be: expected hash {expected}, got {got}; {moved}; repair: {repair}"
-        )
+        super().__init__(file, expected, got, repair, aside)
         self.file, self.expected, self.got, self.repair, self.aside = file, expected, got, repair, aside
+
+    def __str__(self) -> str:
+        moved = f"moved aside to {self.aside}" if self.aside else "it could not be moved aside, so remove it yourself"
+        return (
+            f"{self.file} is not what it should be: expected hash {self.expected}, got {self.got}; {moved}; "
+            f"repair: {self.repair}"
+        )

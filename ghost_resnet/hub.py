@@ -135,7 +135,7 @@ class Entry:
         """timm's default configuration of these weights; it names a source if there is one."""
         revision = f"@{self.revision}" if self.revision else ""
         return {
-            **{k: tuple(v) if isinstance(v, list) else v for k, v in self.preprocessing.items()},
+            **_as_tuples(self.preprocessing),
             "num_classes": self.num_classes,
             "label_names": tuple(self.classes),
             "license": self.license,
@@ -158,6 +158,11 @@ class Entry:
             **({} if self.temperature is None else {"temperature": self.temperature}),
             "pretrained_cfg": cfg,
         }
+
+
+def _as_tuples(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration from JSON as timm has it in Python."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in cfg.items()}
 
 
 def manifest() -> dict[str, Entry]:
@@ -501,7 +506,7 @@ def _network(files: ModelFiles) -> tuple[dict[str, Any], dict[str, Any]]:
     if not is_model(files.architecture):
         raise ConfigError(f"{files.source}: timm has no architecture {files.architecture!r}")
     cfg = {
-        **files.config["pretrained_cfg"],
+        **_as_tuples(files.config["pretrained_cfg"]),
         "architecture": files.architecture,
         "num_classes": files.num_classes,
         "label_names": files.labels,
