@@ -159,7 +159,8 @@ class Preprocessing:
             raise DataError(f"input_size must be (1 or 3, side, side), got {self.input_size}")
         if not 0 < self.crop_pct <= 1:
             raise DataError(f"crop_pct must be above 0 and at most 1, got {self.crop_pct}")
-        if not len(self.mean) == len(self.std) == channels or not all(value > 0 for value in self.std):
+        numbers = all(isinstance(n, int | float) and math.isfinite(n) for n in (*self.mean, *self.std))
+        if not numbers or not len(self.mean) == len(self.std) == channels or min(self.std) <= 0:
             raise DataError(f"mean and std must hold {channels} numbers, std above 0; got {self.mean}, {self.std}")
 
     @classmethod
@@ -249,6 +250,10 @@ class Photos:
         """Number of photos of each class, in class order."""
         counts = np.bincount(self.targets, minlength=len(self.classes))
         return dict(zip(self.classes, counts.tolist(), strict=True))
+
+    def subset(self, indices: Sequence[int]) -> "Photos":
+        """The photos at these indices, with the same classes."""
+        return Photos(tuple(self.paths[i] for i in indices), tuple(self.targets[i] for i in indices), self.classes)
 
     @classmethod
     def from_folder(
