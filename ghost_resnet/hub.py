@@ -653,6 +653,7 @@ def _config_of(
     config["pretrained_cfg"].pop("label_names", None)  # timm reads the outer one; two could contradict
     if tag is None:
         del config["pretrained_cfg"]["tag"]
+    del config["model_args"]["num_classes"]  # said above; transformers refuses to hear it twice
     return config
 
 
