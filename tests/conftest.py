@@ -20,6 +20,29 @@ def data_root() -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of a small network that knows nothing but has opinions: six classes, eight outputs, 32 pixels."""
+    import timm
+
+    from ghost_resnet import hub
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = timm.create_model("ghost_resnet50_cifar", layers=(1, 1, 1, 1), num_classes=8)
+    model.fc.weight.data *= 300
+    preprocessing = {
+        "input_size": (3, 32, 32),
+        "crop_pct": 0.9,
+        "interpolation": "bicubic",
+        "mean": (0.5,) * 3,
+        "std": (0.25,) * 3,
+    }
+    labels = ["cardboard", "glass", "metal", "paper", "plastic", "trash"]
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    return hub.save_pretrained(model, folder, labels=labels, preprocessing=preprocessing, temperature=1.5)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:
