@@ -1,6 +1,8 @@
 """Fine-tuning: from photos to a run folder that holds a classifier. On accelerate and timm."""
 
 import csv
+import errno
+import hashlib
 import io
 import json
 import logging
@@ -8,7 +10,8 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +19,11 @@ import numpy as np
 import timm
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup, create_transform
-from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
+from timm.task import ClassificationTask, FeatureDistillationTask, LogitDistillationTask
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
@@ -31,16 +34,19 @@ from .data import PhotoDataset, Photos, Preprocessing
 from .errors import RunError, TrainingError
 from .evaluation import Metrics, compute_metrics
 from .files import write_text
+from .hygiene import find_problems, split_photos
 from .recipes import Recipe, load_recipe
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
+HEAD_DECAYS = (1e-4, 1e-3, 1e-2, 1e-1)
+"""L2 penalties that `_fit_head` chooses among on the validation photos."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a training run is; handed to the `on_progress` callback after every step and epoch."""
+    """Where a training run is; handed to the `on_progress` callback after every step and every epoch."""
 
     epoch: int
     epochs: int
@@ -60,7 +66,7 @@ class Run:
     Attributes:
         folder: The run folder, which opens with `timm.create_model("local-dir:...", pretrained=True)`.
         recipe: What was done.
-        metrics: On the validation photos; None if there were none.
+        metrics: Of the kept weights on the validation photos; None if there were none.
         history: One row an epoch.
     """
 
@@ -68,22 +74,6 @@ class Run:
     recipe: Recipe
     metrics: Metrics | None
     history: list[dict[str, Any]]
-
-
-@dataclass
-class _State:
-    """What a checkpoint holds beside weights and optimizer. accelerate saves it by `state_dict`."""
-
-    epoch: int = 0
-    update: int = 0
-    best_top1: float = -1.0
-    history: list[dict[str, Any]] = field(default_factory=list)
-
-    def state_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
 
 
 def finetune(
@@ -109,70 +99,188 @@ def finetune(
             `recipe.toml`, `history.csv` and `tensorboard/`.
         recipe: Name of a recipe, a TOML file, or a `Recipe`.
         splits: Split files with the training photos; none takes every photo in `data`.
-        val: Split file with the validation photos. Without one the last weights are kept, else the best.
+        val: Split file with the validation photos. Without one, `recipe.val_fraction` of the training photos.
         overrides: Values that replace the recipe's.
         resume: Go on with the run in `out`.
-        on_progress: Called after every step and, with `val_top1`, every epoch.
+        on_progress: Called after every step and every epoch, in the main process.
 
     Raises:
         DataError: The photos are not as expected.
         RecipeError: The recipe is not valid.
-        RunError: `out` holds another run, or none to resume.
-        TrainingError: The loss is not finite.
+        RunError: `out` holds another run, or none to resume, or can't be written.
+        TrainingError: The loss is not finite, or memory runs out. The last good state is kept.
     """
     out = Path(out)
     recipe = load_recipe(recipe).replace(overrides or {})
     train_photos = Photos.from_folder(data, splits=splits)
     val_photos = Photos.from_folder(data, splits=[val], classes=train_photos.classes) if val else None
-    _prepare_folder(out, recipe, resume)
+    if val_photos is None and recipe.val_fraction:
+        train_photos, val_photos = split_photos(train_photos, recipe.val_fraction, recipe.seed)
 
     accelerator = Accelerator(
         mixed_precision=_mixed_precision(recipe.precision),
         dataloader_config=DataLoaderConfiguration(split_batches=True),
+        gradient_accumulation_steps=recipe.accumulate,
+        dynamo_backend="inductor" if recipe.compile else None,
         log_with="tensorboard",
         project_dir=out,
     )
+    with _explained(out, recipe):
+        if accelerator.is_main_process:
+            _prepare_folder(out, recipe, resume)
+        accelerator.wait_for_everyone()
+        for problem in find_problems(train_photos, val_photos):
+            logger.warning(problem)
+        job = _build(recipe, train_photos, val_photos, accelerator, out)
+        if resume:
+            job.resume()
+        if job.state.epoch == 0 and recipe.fit_head:
+            _fit_head(job)
+            _keep(job, {"epoch": 0, "img_size": recipe.eval_size}, _validate(job, recipe.eval_size))
+        accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": job.state.update}})
+        while not job.finished:
+            _set_up_epoch(job)
+            row = _train_epoch(job, on_progress)
+            job.state.epoch += 1
+            _keep(job, row, _validate(job, row["img_size"]))
+            if on_progress and accelerator.is_main_process:
+                on_progress(job.progress(job.steps, row, epoch_done=True))
+        accelerator.end_training()
+        return Run(out, recipe, job.best, job.state.history)
+
+
+# Building -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _State:
+    """What a checkpoint holds beside weights, optimizer and schedule."""
+
+    photos: str
+    epoch: int = 0
+    update: int = 0
+    best_epoch: int = 0
+    best_top1: float = -1.0
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["photos"] != self.photos:
+            raise RunError(
+                "the photos have changed since the run began, so it can't go on as it would have: "
+                "bring them back, or start anew in another folder"
+            )
+        self.__dict__.update(state)
+
+
+@dataclass
+class _Job:
+    """Everything that a training run works with."""
+
+    recipe: Recipe
+    accelerator: Accelerator
+    out: Path
+    preprocessing: Preprocessing
+    dataset: PhotoDataset
+    val_photos: Photos | None
+    sampler: "EpochSampler"
+    loader: DataLoader[Any]
+    model: nn.Module
+    task: nn.Module
+    ema: ModelEmaV3 | None
+    mixup: Mixup | None
+    optimizer: Any
+    scheduler: Any
+    state: _State
+
+    @property
+    def kept_model(self) -> nn.Module:
+        """The network that is measured and saved."""
+        return self.ema.module if self.ema else self.model
+
+    @property
+    def steps(self) -> int:
+        return len(self.loader)
+
+    @property
+    def finished(self) -> bool:
+        waited = self.state.epoch - self.state.best_epoch
+        stop = bool(self.recipe.patience and self.val_photos and waited >= self.recipe.patience)
+        return stop or self.state.epoch >= self.recipe.epochs
+
+    @property
+    def best(self) -> Metrics | None:
+        path = self.out / "metrics.json"
+        return Metrics.from_dict(json.loads(path.read_text(encoding="utf-8"))) if self.val_photos else None
+
+    def progress(self, step: int, row: Mapping[str, Any], *, epoch_done: bool = False) -> Progress:
+        return Progress(
+            self.state.epoch - epoch_done,
+            self.recipe.epochs,
+            step,
+            self.steps,
+            row["train_loss"],
+            row["lr"],
+            row["images_per_second"],
+            epoch_done,
+            row.get("val_top1"),
+        )
+
+    def resume(self) -> None:
+        """Load the last checkpoint, if an epoch was finished."""
+        last = max((self.out / CHECKPOINTS).glob("epoch-*"), default=None)
+        if last:
+            self.accelerator.load_state(str(last))
+            logger.info("resuming after epoch %d", self.state.epoch)
+
+
+def _build(
+    recipe: Recipe, train_photos: Photos, val_photos: Photos | None, accelerator: Accelerator, out: Path
+) -> _Job:
     set_seed(recipe.seed)
-    dataset = PhotoDataset(
-        train_photos, None, cache_side=recipe.cache_side, squash=recipe.crop_mode == "squash"
-    )
-    mean, std = (
-        dataset.pixel_statistics()
-        if recipe.normalize == "data"
-        else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-    )
-    preprocessing = Preprocessing(
-        (3, recipe.eval_size, recipe.eval_size),
-        recipe.interpolation,
-        recipe.crop_pct,
-        recipe.crop_mode,
-        mean,
-        std,
-    )
-    mixing = recipe.mixup > 0 or recipe.cutmix > 0
+    squash = recipe.crop_mode == "squash"
+    dataset = PhotoDataset(train_photos, None, cache_side=recipe.cache_side, squash=squash)
+    imagenet = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    mean, std = dataset.pixel_statistics() if recipe.normalize == "data" else imagenet
+    size = (3, recipe.eval_size, recipe.eval_size)
+    preprocessing = Preprocessing(size, recipe.interpolation, recipe.crop_pct, recipe.crop_mode, mean, std)
+
+    num_classes = recipe.head_classes or len(train_photos.classes)
+    model = _create_model(recipe, num_classes)
+    model.pretrained_cfg = {**model.pretrained_cfg, "mean": mean, "std": std}
+    if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    ema = ModelEmaV3(model, recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
+
+    mixing = bool(recipe.mixup or recipe.cutmix)
+    smoothing = recipe.label_smoothing
+    mixup = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=smoothing, num_classes=num_classes) if mixing else None
     sampler = EpochSampler(train_photos.targets, recipe.seed, recipe.balance)
-    loader = DataLoader(
+    loader: DataLoader[Any] = DataLoader(
         dataset,  # type: ignore[arg-type]  # any sequence will do
         batch_size=recipe.batch_size,
         sampler=sampler,
         num_workers=recipe.workers,
         drop_last=mixing,  # timm's Mixup pairs photos up
     )
-    num_classes = recipe.head_classes or len(train_photos.classes)
-    model: nn.Module = timm.create_model(recipe.arch, num_classes=num_classes, **recipe.model_args)
-    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    task = _create_task(recipe, model, train_photos.classes, mixing, accelerator.device)
     optimizer = create_optimizer_v2(
-        model,
+        task.trainable_module,
         recipe.opt,
         recipe.lr,
         recipe.weight_decay,
         recipe.momentum,
         filter_bias_and_bn=not recipe.decay_all,
+        layer_decay=recipe.layer_decay or None,
     )
+    task.trainable_module, optimizer, loader = accelerator.prepare(task.trainable_module, optimizer, loader)
     scheduler, _ = create_scheduler_v2(
-        optimizer,
+        optimizer.optimizer,
         recipe.sched,
-        recipe.epochs,
+        max(recipe.epochs, 1),
         decay_milestones=list(recipe.milestones),
         decay_rate=recipe.decay_rate,
         warmup_lr=0.0,
@@ -180,113 +288,303 @@ def finetune(
         step_on_epochs=False,
         updates_per_epoch=len(loader),
     )
-    mixup = (
-        Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=num_classes)
-        if mixing
-        else None
-    )
-    criterion = (
-        SoftTargetCrossEntropy() if mixing else nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
-    )
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    ema = (
-        ModelEmaV3(accelerator.unwrap_model(model), recipe.ema_decay, use_warmup=True)
-        if recipe.ema_decay
-        else None
-    )
-    state = _State()
+    state = _State(_fingerprint(train_photos, val_photos))
     accelerator.register_for_checkpointing(state, scheduler, *([ema] if ema else []))
-    if resume and (checkpoint := _last_checkpoint(out)):
-        accelerator.load_state(str(checkpoint))
-        logger.info("resuming after epoch %d", state.epoch)
-    accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": state.update}})
-
-    evaluated = ema.module if ema else accelerator.unwrap_model(model)
-    metrics = None
-    while state.epoch < recipe.epochs:
-        epoch, size = state.epoch, recipe.size_at(state.epoch)
-        set_seed(recipe.seed + epoch, device_specific=True)
-        sampler.epoch = epoch
-        dataset.transform = train_transform(recipe, size, mean, std)
-        scheduler.step_update(state.update)
-        model.train()
-        started, losses = time.monotonic(), []
-        for step, (images, targets) in enumerate(loader):
-            images = images.contiguous(memory_format=torch.channels_last)
-            if mixup:
-                images, targets = mixup(images, targets)
-            with accelerator.autocast():
-                loss = criterion(model(images), targets)
-            accelerator.backward(loss)
-            if recipe.clip_grad:
-                accelerator.clip_grad_norm_(model.parameters(), recipe.clip_grad)
-            optimizer.step()
-            optimizer.zero_grad()
-            state.update += 1
-            if ema:
-                ema.update(accelerator.unwrap_model(model), step=state.update)
-            lr = optimizer.param_groups[0]["lr"]
-            scheduler.step_update(state.update)
-            losses.append(accelerator.gather(loss.detach()).mean().item())
-            if not math.isfinite(losses[-1]):
-                raise TrainingError(
-                    f"the loss is {losses[-1]} in epoch {epoch + 1}, step {step + 1}; the last good state is in "
-                    f"{out / CHECKPOINTS}: lower lr (now {recipe.lr:g}) or set clip_grad"
-                )
-            accelerator.log({"train/loss": losses[-1], "train/lr": lr}, step=state.update)
-            if on_progress:
-                speed = (step + 1) * recipe.batch_size / (time.monotonic() - started)
-                on_progress(Progress(epoch, recipe.epochs, step + 1, len(loader), losses[-1], lr, speed))
-
-        row: dict[str, Any] = {
-            "epoch": epoch + 1,
-            "img_size": size,
-            "lr": lr,
-            "train_loss": float(np.mean(losses)),
-            "images_per_second": len(losses) * recipe.batch_size / (time.monotonic() - started),
-        }
-        if val_photos:
-            metrics = _validate(evaluated, val_photos, _at_size(preprocessing, size), accelerator)
-            row |= {"val_top1": metrics.top1, "val_loss": metrics.loss, "val_macro_f1": metrics.macro_f1}
-            accelerator.log(
-                {f"val/{k[4:]}": v for k, v in row.items() if k.startswith("val_")}, step=state.update
-            )
-        state.history.append(row)
-        state.epoch += 1
-        is_best = metrics is None or (size == recipe.eval_size and metrics.top1 >= state.best_top1)
-        if is_best and metrics:
-            state.best_top1 = metrics.top1
-        if accelerator.is_main_process:
-            if is_best:
-                hub.save_pretrained(
-                    evaluated,
-                    out,
-                    labels=train_photos.classes,
-                    preprocessing=asdict(preprocessing),
-                )
-                if metrics:
-                    write_text(out / "metrics.json", json.dumps(metrics.to_dict(), indent=2))
-            write_text(out / "history.csv", _to_csv(state.history))
-        _save_checkpoint(accelerator, out, state.epoch)
-        if on_progress:
-            on_progress(
-                Progress(
-                    epoch,
-                    recipe.epochs,
-                    len(loader),
-                    len(loader),
-                    row["train_loss"],
-                    lr,
-                    row["images_per_second"],
-                    epoch_done=True,
-                    val_top1=row.get("val_top1"),
-                )
-            )
-    accelerator.end_training()
-    best = out / "metrics.json"
-    return Run(
-        out, recipe, Metrics.from_dict(json.loads(best.read_text())) if val_photos else None, state.history
+    return _Job(
+        recipe,
+        accelerator,
+        out,
+        preprocessing,
+        dataset,
+        val_photos,
+        sampler,
+        loader,
+        model,
+        task,
+        ema,
+        mixup,
+        optimizer,
+        scheduler,
+        state,
     )
+
+
+def _create_model(recipe: Recipe, num_classes: int) -> Any:
+    start = recipe.start
+    if start == "auto":
+        start = next((tag for tag, entry in hub.manifest().items() if entry.architecture == recipe.arch), "")
+        logger.info("starting from %s", start or "scratch: the package has no weights of this network")
+    if not start:
+        return timm.create_model(recipe.arch, num_classes=num_classes, **recipe.model_args)
+    files = hub.resolve(start)
+    if files.architecture != recipe.arch:
+        raise RunError(f"{start} is a {files.architecture}, the recipe wants a {recipe.arch}: set arch or start")
+    return hub.load_model(files, num_classes=num_classes, **recipe.model_args)
+
+
+def _create_task(recipe: Recipe, model: Any, classes: Sequence[str], mixing: bool, device: torch.device) -> Any:
+    loss = {"soft_targets": mixing, "smoothing": recipe.label_smoothing}
+    if not recipe.teacher:
+        return ClassificationTask(model, criterion_kwargs=loss, device=device, verbose=False)
+    arch, _, tag = recipe.teacher.partition(".")
+    if timm.is_model(arch) and not arch.startswith("ghost_resnet"):
+        teacher = timm.create_model(recipe.teacher, pretrained=True)
+        labels: Sequence[str] = ()
+    else:
+        files = hub.resolve(recipe.teacher)
+        teacher, labels = hub.load_model(files), files.labels
+    teacher.requires_grad_(False).to(device, memory_format=torch.channels_last)
+    kwargs: dict[str, Any] = {
+        "criterion_kwargs": loss,
+        "task_loss_weight": 1 - recipe.teacher_weight,
+        "distill_loss_weight": recipe.teacher_weight,
+        "device": device,
+        "verbose": False,
+    }
+    if tuple(labels) == tuple(classes) and teacher.num_classes == model.num_classes:
+        return LogitDistillationTask(model, teacher, temperature=recipe.temperature, **kwargs)
+    logger.info("%s has other classes and teaches by its features", recipe.teacher)
+    return FeatureDistillationTask(model, teacher, **kwargs)
+
+
+def _fingerprint(*lists: Photos | None) -> str:
+    """A hash of which photos are used for what, and of their sizes."""
+    digest = hashlib.sha256()
+    for photos in filter(None, lists):
+        for path, target in zip(photos.paths, photos.targets, strict=True):
+            name = "/".join(path.parts[-2:])
+            digest.update(f"{name}\t{photos.classes[target]}\t{path.stat().st_size}\n".encode())
+        digest.update(b"\n")
+    return digest.hexdigest()
+
+
+def _prepare_folder(out: Path, recipe: Recipe, resume: bool) -> None:
+    saved = out / "recipe.toml"
+    if resume:
+        if not saved.is_file():
+            raise RunError(f"{out} holds no run to resume: start one without --resume")
+        if load_recipe(saved) != recipe:
+            raise RunError(f"{saved} is another recipe than the one given: resume with --recipe {saved}")
+    elif out.exists() and any(out.iterdir()):
+        raise RunError(f"{out} is not empty: resume the run in it with --resume, or take another folder")
+    else:
+        write_text(saved, recipe.to_toml())
+
+
+# Training -------------------------------------------------------------------------------------------------------------
+
+
+def _set_up_epoch(job: _Job) -> None:
+    """Make all that is random in the coming epoch a function of the seed and the epoch's number."""
+    recipe, epoch = job.recipe, job.state.epoch
+    set_seed(recipe.seed + epoch, device_specific=True)
+    job.sampler.epoch = epoch
+    size = recipe.size_at(epoch)
+    job.dataset.transform = train_transform(recipe, size, job.preprocessing.mean, job.preprocessing.std)
+    job.scheduler.step_update(job.state.update)
+    job.task.train()
+
+
+def _train_epoch(job: _Job, on_progress: Callable[[Progress], None] | None) -> dict[str, Any]:
+    recipe, accelerator, state = job.recipe, job.accelerator, job.state
+    started, total, row = time.monotonic(), 0.0, {}
+    for step, (images, targets) in enumerate(job.loader, 1):
+        images = images.contiguous(memory_format=torch.channels_last)
+        if job.mixup:
+            images, targets = job.mixup(images, targets)
+        with accelerator.accumulate(job.task.trainable_module):
+            with accelerator.autocast():
+                loss = job.task(images, targets)["loss"]
+            accelerator.backward(loss)
+            if recipe.clip_grad and accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(job.task.trainable_module.parameters(), recipe.clip_grad)
+            job.optimizer.step()
+            job.optimizer.zero_grad()
+        state.update += 1
+        if job.ema:
+            job.ema.update(job.model, step=state.update)
+        value = accelerator.gather(loss.detach()).mean().item()
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"the loss is {value} in epoch {state.epoch + 1}, step {step}. The weights of the last good epoch "
+                f"are in {job.out}: lower lr (now {recipe.lr:g}) or set clip_grad, in a new run"
+            )
+        total += value
+        row = {
+            "epoch": state.epoch + 1,
+            "img_size": recipe.size_at(state.epoch),
+            "lr": max(group["lr"] for group in job.optimizer.param_groups),
+            "train_loss": total / step,
+            "images_per_second": step * recipe.batch_size / (time.monotonic() - started),
+        }
+        accelerator.log({"train/loss": value, "train/lr": row["lr"]}, step=state.update)
+        job.scheduler.step_update(state.update)
+        if on_progress and accelerator.is_main_process:
+            on_progress(job.progress(step, {**row, "train_loss": value}))
+    return row
+
+
+def _fit_head(job: _Job) -> None:
+    """Replace the head by the logistic regression that fits best on features computed once."""
+    head = job.model.get_classifier()
+    features, targets = _features(job, job.dataset.photos)
+    mean, std = features.mean(0), features.std(0) + 1e-6
+    counts = torch.bincount(targets, minlength=head.out_features).float()
+    weight = counts.clamp_min(1) ** -job.recipe.balance
+    val_features, val_targets = _features(job, job.val_photos) if job.val_photos else (features, targets)
+    fits = []
+    for decay in HEAD_DECAYS if job.val_photos else HEAD_DECAYS[1:2]:
+        linear = _logistic_regression((features - mean) / std, targets, weight, decay)
+        with torch.no_grad():
+            fitted = linear((val_features - mean) / std)
+        fits.append((nn.functional.cross_entropy(fitted, val_targets).item(), decay, linear))
+    _, decay, best = min(fits, key=lambda fit: fit[0])
+    logger.info("head fitted with an L2 penalty of %g", decay)
+    with torch.no_grad():  # the standardisation goes into the head
+        for model in (job.model, job.kept_model):
+            head = model.get_classifier()
+            head.weight.copy_(best.weight / std)
+            head.bias.copy_(best.bias - (best.weight * mean / std).sum(1))
+
+
+def _logistic_regression(
+    features: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor, decay: float
+) -> nn.Linear:
+    linear = nn.Linear(features.shape[1], len(weight), device=features.device)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    optimizer = torch.optim.LBFGS(linear.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(linear(features), targets, weight)
+        loss = loss + decay * linear.weight.square().sum() / 2
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return linear
+
+
+def _features(job: _Job, photos: Photos) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pooled features `(photos, features)` and targets."""
+
+    def pooled(images: torch.Tensor) -> torch.Tensor:
+        model: Any = job.model
+        return model.forward_head(model.forward_features(images), pre_logits=True)
+
+    features = torch.from_numpy(_run(job, pooled, photos, job.preprocessing))
+    return features.to(job.accelerator.device), torch.tensor(photos.targets, device=job.accelerator.device)
+
+
+@torch.no_grad()
+def _run(
+    job: _Job, network: Callable[[torch.Tensor], torch.Tensor], photos: Photos, preprocessing: Preprocessing
+) -> Any:
+    """The network's output for each photo, in order, on every process."""
+    accelerator = job.accelerator
+    for model in (job.model, job.kept_model):
+        model.eval()
+    mine = range(accelerator.process_index, len(photos), accelerator.num_processes)
+    outputs: list[tuple[int, Any]] = []
+    for start in range(0, len(mine), 32):
+        indices = mine[start : start + 32]
+        batch = torch.from_numpy(np.stack([preprocessing.read(photos.paths[i]) for i in indices]))
+        batch = batch.to(accelerator.device).contiguous(memory_format=torch.channels_last)
+        with accelerator.autocast():
+            outputs.extend(zip(indices, network(batch).float().cpu().numpy(), strict=True))
+    if accelerator.num_processes > 1:
+        outputs = sorted(gather_object(outputs), key=lambda pair: pair[0])
+    return np.stack([output for _, output in outputs])
+
+
+def _validate(job: _Job, size: int) -> Metrics | None:
+    if not job.val_photos:
+        return None
+    preprocessing = replace(job.preprocessing, input_size=(3, size, size))
+    logits = _run(job, job.kept_model, job.val_photos, preprocessing)
+    parameters = sum(p.numel() for p in job.model.parameters())
+    return compute_metrics(logits, job.val_photos.targets, job.val_photos.classes, parameters)
+
+
+# Keeping --------------------------------------------------------------------------------------------------------------
+
+
+def _keep(job: _Job, row: dict[str, Any], metrics: Metrics | None) -> None:
+    """Log an epoch; save the weights if they are the best, and the whole state."""
+    state = job.state
+    if metrics:
+        row |= {"val_top1": metrics.top1, "val_loss": metrics.loss, "val_macro_f1": metrics.macro_f1}
+        job.accelerator.log({f"val/{k[4:]}": v for k, v in row.items() if k.startswith("val_")}, step=state.update)
+    state.history.append(row)
+    at_final_size = row["img_size"] == job.recipe.eval_size
+    if is_best := metrics is None or (at_final_size and metrics.top1 >= state.best_top1):
+        state.best_epoch = state.epoch
+        state.best_top1 = metrics.top1 if metrics else -1.0
+    if job.accelerator.is_main_process:
+        if is_best:
+            hub.save_pretrained(
+                job.kept_model,
+                job.out,
+                labels=job.dataset.photos.classes,
+                preprocessing=asdict(job.preprocessing),
+            )
+            if metrics:
+                write_text(job.out / "metrics.json", json.dumps(metrics.to_dict(), indent=2))
+        write_text(job.out / "history.csv", _to_csv(state.history))
+    _save_checkpoint(job)
+
+
+def _save_checkpoint(job: _Job) -> None:
+    """Write the whole training state under a temporary name, rename it, then remove older ones."""
+    accelerator = job.accelerator
+    folder = job.out / CHECKPOINTS / f"epoch-{job.state.epoch:05}"
+    temporary = folder.with_name(f".{folder.name}")
+    if accelerator.is_main_process:
+        shutil.rmtree(temporary, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(temporary))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        temporary.replace(folder)
+        for older in folder.parent.iterdir():
+            if older != folder:
+                shutil.rmtree(older)
+    accelerator.wait_for_everyone()
+
+
+def _to_csv(rows: list[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+@contextmanager
+def _explained(out: Path, recipe: Recipe) -> Iterator[None]:
+    """Turn what goes wrong on a machine into an error that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        raise RunError(
+            f"{out} can't be written ({error.strerror}): make room, then go on with --resume; "
+            "what was finished before is intact"
+        ) from error
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        half = max(1, recipe.batch_size // 2)
+        raise TrainingError(
+            f"memory ran out with batch_size = {recipe.batch_size}: start anew with "
+            f"--set batch_size={half} --set accumulate={2 * recipe.accumulate}"
+        ) from error
+
+
+# What is random -------------------------------------------------------------------------------------------------------
 
 
 class EpochSampler(Sampler[int]):
@@ -294,7 +592,7 @@ class EpochSampler(Sampler[int]):
 
     Args:
         targets: The class of each photo.
-        seed: Together with `epoch`, decides the order.
+        seed: Together with the attribute `epoch`, decides the order.
         balance: 0 draws each photo once; 1 draws, with replacement, every class equally often; between them, a
             class of n photos is drawn in proportion to `n ** (1 - balance)`.
     """
@@ -319,7 +617,7 @@ class EpochSampler(Sampler[int]):
 def train_transform(
     recipe: Recipe, size: int, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Callable[[Any], torch.Tensor]:
-    """The random transform of training photos to normalised `(3, size, size)` tensors."""
+    """The random transform of training photos to normalised tensors `(3, size, size)`."""
     if recipe.crop == "padded":
         return transforms.Compose(
             [
@@ -359,65 +657,3 @@ def _mixed_precision(precision: str) -> str:
     if precision == "auto":
         precision = "bf16" if supports_bf16() else "fp16" if torch.cuda.is_available() else "fp32"
     return "no" if precision == "fp32" else precision
-
-
-def _at_size(preprocessing: Preprocessing, size: int) -> Preprocessing:
-    return Preprocessing(**{**asdict(preprocessing), "input_size": (3, size, size)})
-
-
-def _prepare_folder(out: Path, recipe: Recipe, resume: bool) -> None:
-    saved = out / "recipe.toml"
-    if resume:
-        if not saved.is_file():
-            raise RunError(f"{out} holds no run to resume: start one without --resume")
-        if load_recipe(saved) != recipe:
-            raise RunError(f"{saved} is another recipe than the one given: resume with --recipe {saved}")
-        return
-    if out.exists() and any(out.iterdir()):
-        raise RunError(f"{out} is not empty: resume the run in it with --resume, or take another folder")
-    write_text(saved, recipe.to_toml())
-
-
-def _last_checkpoint(out: Path) -> Path | None:
-    return max((out / CHECKPOINTS).glob("epoch-*"), default=None)
-
-
-def _save_checkpoint(accelerator: Accelerator, out: Path, epoch: int) -> None:
-    """Write the whole training state under a temporary name, rename it, then remove older ones."""
-    folder = out / CHECKPOINTS / f"epoch-{epoch:05}"
-    temporary = folder.with_name(f".{folder.name}")
-    if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(temporary))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        temporary.replace(folder)
-        for older in (out / CHECKPOINTS).iterdir():
-            if older != folder:
-                shutil.rmtree(older)
-
-
-@torch.no_grad()
-def _validate(
-    model: nn.Module, photos: Photos, preprocessing: Preprocessing, accelerator: Accelerator
-) -> Metrics:
-    was_training = model.training
-    model.eval()
-    logits = []
-    for start in range(0, len(photos), 32):
-        batch = np.stack([preprocessing.read(path) for path in photos.paths[start : start + 32]])
-        images = torch.from_numpy(batch).to(accelerator.device).contiguous(memory_format=torch.channels_last)
-        with accelerator.autocast():
-            logits.append(model(images).float().cpu())
-    model.train(was_training)
-    parameters = sum(p.numel() for p in model.parameters())
-    return compute_metrics(torch.cat(logits).numpy(), photos.targets, photos.classes, parameters)
-
-
-def _to_csv(rows: list[dict[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[-1]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()

@@ -27,6 +27,9 @@ class Recipe:
         arch: A network that timm knows.
         model_args: Further arguments of the network.
         head_classes: Outputs of the network; 0 means as many as the photos have classes.
+        start: Weights to begin with: a weight tag, run folder or any other source; "" begins from scratch, and
+            "auto" with the package's weights of `arch`, if it has any.
+        val_fraction: Share of the photos that is set aside for validation where no list of them is given.
 
         img_size: Side of the training images, in pixels.
         final_img_size: Side in the last `final_epochs` epochs, and of the finished classifier's input; 0 means
@@ -53,12 +56,17 @@ class Recipe:
         label_smoothing: In 0..1.
         balance: Exponent of class-balanced sampling: 0 draws each photo once an epoch, 1 all classes alike.
 
-        epochs: Passes over the training photos.
+        fit_head: First fit the head alone, on features that are computed once
+            (Kumar et al., 2022, say why this should come before any fine-tuning).
+        epochs: Passes over the training photos, after that; may be 0.
+        patience: Stop after so many epochs without a better validation accuracy; 0 never does.
         batch_size: Photos a step, over all processes.
+        accumulate: Steps of gradients that are summed before the weights change.
         opt: timm's name of the optimizer.
         lr: Peak learning rate.
         momentum: Of SGD, or beta1.
         weight_decay: L2 penalty.
+        layer_decay: Factor by which the learning rate falls from one layer group to the one before; 0 is off.
         decay_all: Also decay biases and norms, as plain `torch.optim` does; timm leaves them out.
         sched: timm's name of the schedule: "cosine" or "multistep".
         warmup_epochs: Linear warm-up from zero.
@@ -67,7 +75,13 @@ class Recipe:
         clip_grad: Largest gradient norm; 0 is off.
         ema_decay: Exponential moving average of the weights, which is then what is evaluated and saved; 0 is off.
 
+        teacher: Source of a network to learn from beside the labels; "" is none. One with the same classes
+            teaches by its outputs (Hinton et al., 2015), any other by its pooled features.
+        teacher_weight: Weight of the teacher's loss; the labels' is 1 less it.
+        temperature: Of the softmax in the teacher's loss.
+
         precision: "fp32", "bf16", "fp16", or "auto": bf16 where the hardware has it.
+        compile: Compile the network with `torch.compile`.
         workers: Processes that prepare images; 0 prepares them in the training process.
         seed: Of everything random.
     """
@@ -75,6 +89,8 @@ class Recipe:
     arch: str = "ghost_resnet50"
     model_args: dict[str, Any] = field(default_factory=dict)
     head_classes: int = 0
+    start: str = ""
+    val_fraction: float = 0.15
 
     img_size: int = 224
     final_img_size: int = 0
@@ -99,12 +115,16 @@ class Recipe:
     label_smoothing: float = 0.0
     balance: float = 0.0
 
+    fit_head: bool = False
     epochs: int = 30
+    patience: int = 0
     batch_size: int = 32
+    accumulate: int = 1
     opt: str = "sgd"
     lr: float = 0.05
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    layer_decay: float = 0.0
     decay_all: bool = False
     sched: str = "cosine"
     warmup_epochs: int = 0
@@ -113,7 +133,12 @@ class Recipe:
     clip_grad: float = 0.0
     ema_decay: float = 0.0
 
+    teacher: str = ""
+    teacher_weight: float = 0.5
+    temperature: float = 2.0
+
     precision: str = "auto"
+    compile: bool = False
     workers: int = 0
     seed: int = 0
 
@@ -123,7 +148,7 @@ class Recipe:
         return self.final_img_size or self.img_size
 
     def size_at(self, epoch: int) -> int:
-        """Side of the training images in epoch 0, 1, ..."""
+        """Side of the training images in epoch 0, 1, ..., in pixels."""
         return self.eval_size if epoch >= self.epochs - self.final_epochs else self.img_size
 
     def replace(self, changes: Mapping[str, Any]) -> "Recipe":
@@ -152,9 +177,11 @@ class Recipe:
         for name, choices in allowed.items():
             if getattr(self, name) not in choices:
                 raise RecipeError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
-        for name in ("epochs", "batch_size", "img_size"):
-            if getattr(self, name) < 1:
-                raise RecipeError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, least in {"epochs": 0, "batch_size": 1, "accumulate": 1, "img_size": 8}.items():
+            if getattr(self, name) < least:
+                raise RecipeError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.epochs == 0 and not self.fit_head:
+            raise RecipeError("epochs = 0 trains nothing: set fit_head = true, or more epochs")
 
     def to_toml(self) -> str:
         """The recipe as a TOML file that `load_recipe` reads back."""
