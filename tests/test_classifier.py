@@ -257,6 +257,16 @@ def test_the_torch_runtime_folds_batch_norms_and_keeps_no_graph(run_folder: Path
     assert outputs.dtype == np.float32 and outputs.shape == (2, 8)
 
 
+def test_a_network_that_can_t_be_traced_runs_unfolded(tmp_path: Path) -> None:
+    model = timm.create_model("mobilevit_xxs", num_classes=2).eval()
+    hub.save_pretrained(model, tmp_path, labels=["a", "b"], preprocessing={"input_size": (3, 64, 64)})
+    image = draw(73, 73)
+    classifier = GarbageClassifier.from_pretrained(tmp_path, device="cpu")
+    with torch.inference_mode():
+        expected = model(torch.from_numpy(classifier.preprocessing(image))[None]).softmax(1)[0]
+    assert dict(classifier.predict(image).scores) == pytest.approx(dict(zip("ab", expected.tolist(), strict=True)))
+
+
 @pytest.mark.gpu
 def test_a_gpu_gives_the_answers_of_the_cpu(run_folder: Path) -> None:
     photos = [draw(seed=seed) for seed in range(8)]

@@ -1,0 +1,210 @@
+"""Metrics against values worked out by hand, and evaluation of a classifier on a folder of photos."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from drawing import write_folder
+from PIL import Image
+
+import ghost_resnet
+from ghost_resnet import GarbageClassifier, Metrics
+from ghost_resnet.data import Photos, Preprocessing
+from ghost_resnet.errors import DataError, SourceError
+from ghost_resnet.evaluation import ClassMetrics, compute_metrics, evaluate
+
+
+def outputs_for(predicted: list[int], outputs: int, margin: float = 5.0) -> npt.NDArray[np.float32]:
+    """Outputs whose largest is the predicted class, and whose others fall with the class's number."""
+    logits = np.tile(-np.arange(outputs, dtype=np.float32) / 10, (len(predicted), 1))
+    logits[range(len(predicted)), predicted] = margin
+    return logits
+
+
+def test_counts_and_rates_by_hand() -> None:
+    #            a  a  a  a  b  b  c
+    targets = [0, 0, 0, 0, 1, 1, 2]
+    predicted = [0, 0, 0, 1, 1, 2, 0]
+    metrics = compute_metrics(outputs_for(predicted, 3), targets, ["a", "b", "c"], 12)
+    assert metrics.photos == 7 and metrics.parameters == 12
+    assert metrics.confusion == [[3, 1, 0, 0], [0, 1, 1, 0], [1, 0, 0, 0]]
+    assert metrics.top1 == pytest.approx(4 / 7)
+    assert metrics.top5 == 1.0  # of three classes, five hold every one
+    assert metrics.per_class["a"] == ClassMetrics(*map(pytest.approx, (3 / 4, 3 / 4, 3 / 4)), support=4)
+    assert metrics.per_class["b"] == ClassMetrics(*map(pytest.approx, (1 / 2, 1 / 2, 1 / 2)), support=2)
+    assert metrics.per_class["c"] == ClassMetrics(0.0, 0.0, 0.0, support=1)
+    assert metrics.macro_f1 == pytest.approx((3 / 4 + 1 / 2 + 0) / 3)
+
+
+def test_outputs_without_a_name_compete_and_have_a_column_of_their_own() -> None:
+    """The report's network: a head of 100 for six classes."""
+    targets = [0, 0, 1, 1]
+    predicted = [0, 57, 99, 1]
+    metrics = compute_metrics(outputs_for(predicted, 100), targets, ["a", "b"], 0)
+    assert metrics.confusion == [[1, 0, 1], [0, 1, 1]]
+    assert metrics.top1 == 0.5
+    assert list(metrics.per_class) == ["a", "b"]
+    assert metrics.per_class["a"] == ClassMetrics(1.0, 0.5, pytest.approx(2 / 3), 2)
+    assert metrics.macro_f1 == pytest.approx(2 / 3)
+
+
+def test_top_five_counts_the_right_class_among_the_five_likeliest_outputs() -> None:
+    logits = np.array([[9, 8, 7, 6, 5, 4, 3]] * 7, np.float32)
+    metrics = compute_metrics(logits, range(7), list("abcdefg"), 0)
+    assert metrics.top1 == pytest.approx(1 / 7) and metrics.top5 == pytest.approx(5 / 7)
+
+
+def test_classes_without_photos_count_for_nothing_in_macro_f1_but_are_listed() -> None:
+    metrics = compute_metrics(outputs_for([0, 1, 1, 2], 4), [0, 1, 1, 1], ["a", "b", "c", "d"], 0)
+    assert metrics.per_class["d"].support == metrics.per_class["c"].support == 0
+    assert metrics.confusion[2] == metrics.confusion[3] == [0] * 5
+    assert metrics.macro_f1 == pytest.approx((1 + 2 * (2 / 3) / (1 + 2 / 3)) / 2)
+
+
+def test_loss_is_the_mean_cross_entropy() -> None:
+    logits = np.log(np.array([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]], np.float32))
+    assert compute_metrics(logits, [0, 2], list("abc"), 0).loss == pytest.approx(-np.log([0.5, 0.1]).mean())
+
+
+def test_calibration_error_of_a_case_worked_out_by_hand() -> None:
+    """Ten photos at 0.9 confidence of which six are right, and ten at 0.6 of which all are."""
+    probabilities = [[0.9, 0.1]] * 10 + [[0.6, 0.4]] * 10
+    targets = [0] * 6 + [1] * 4 + [0] * 10
+    metrics = compute_metrics(np.log(np.array(probabilities)), targets, ["a", "b"], 0)
+    assert metrics.ece == pytest.approx((abs(0.9 - 0.6) + abs(0.6 - 1.0)) / 2, abs=1e-6)
+
+
+def test_a_perfectly_calibrated_classifier_has_no_calibration_error() -> None:
+    logits = np.log(np.array([[0.75, 0.25]] * 4))
+    assert compute_metrics(logits, [0, 0, 0, 1], ["a", "b"], 0).ece == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize(("right", "photos"), [(180, 200), (50, 100), (3, 4)])
+def test_the_interval_is_that_of_a_binomial_share_and_the_same_each_time(right: int, photos: int) -> None:
+    logits = outputs_for([0] * right + [1] * (photos - right), 2)
+    metrics = compute_metrics(logits, [0] * photos, ["a", "b"], 0)
+    low, high = metrics.top1_interval
+    assert 0 <= low < metrics.top1 < high <= 1
+    spread = np.sqrt(metrics.top1 * (1 - metrics.top1) / photos)
+    if photos >= 100:
+        assert (low, high) == pytest.approx((metrics.top1 - 1.96 * spread, metrics.top1 + 1.96 * spread), abs=0.02)
+    assert compute_metrics(logits, [0] * photos, ["a", "b"], 0).top1_interval == (low, high)
+
+
+def test_the_interval_agrees_with_resampling_the_photos_themselves() -> None:
+    correct = np.arange(252) < 93
+    metrics = compute_metrics(outputs_for((~correct).astype(int).tolist(), 2), [0] * 252, ["a", "b"], 0)
+    rng = np.random.default_rng(1)
+    resampled = [rng.choice(correct, 252).mean() for _ in range(4000)]
+    assert metrics.top1_interval == pytest.approx(tuple(np.quantile(resampled, [0.025, 0.975])), abs=0.008)
+
+
+@pytest.mark.parametrize(("predicted", "share"), [([0, 0], 1.0), ([1, 1], 0.0), ([0], 1.0)])
+def test_all_right_all_wrong_and_one_photo_have_an_interval_too(predicted: list[int], share: float) -> None:
+    metrics = compute_metrics(outputs_for(predicted, 2), [0] * len(predicted), ["a", "b"], 0)
+    assert metrics.top1_interval == (share, share)
+
+
+def test_metrics_come_back_from_json_as_they_were() -> None:
+    metrics = compute_metrics(outputs_for([0, 1, 1, 7], 9), [0, 1, 0, 1], ["a", "b"], 21_565_060)
+    back = Metrics.from_dict(json.loads(json.dumps(metrics.to_dict())))
+    assert back == metrics
+    assert isinstance(back.top1_interval, tuple) and isinstance(back.per_class["a"], ClassMetrics)
+
+
+def test_the_report_s_three_lines() -> None:
+    metrics = compute_metrics(outputs_for([0] * 93 + [6] * 145 + [3] * 14, 100), [0] * 252, list("abcdef"), 21_565_060)
+    assert metrics.report() == "Top 1 err: 0.6310\nTop 5 err: 0.0000\nParameter numbers: 21565060"
+
+
+# Evaluation of a classifier
+
+
+class ByRed:
+    """A network that takes a photo's red mean for its class."""
+
+    parameters = 7
+
+    def __call__(self, batch: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        red = np.rint(batch[:, 0].mean((1, 2)) * 255 / 50).astype(int)
+        return outputs_for(red.tolist(), 5, margin=3.0)
+
+
+@pytest.fixture
+def classifier() -> GarbageClassifier:
+    preprocessing = Preprocessing((3, 8, 8), "bilinear", 1.0, mean=(0.0,) * 3, std=(1.0,) * 3)
+    return GarbageClassifier(ByRed(), ["zinc", "glass", "paper"], preprocessing, temperature=2.0)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Photos as red as the network's class: one paper looks like glass, one like no class that has a name."""
+    for name, reds in {"zinc": [0, 0], "glass": [50], "paper": [100, 50, 200]}.items():
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number, red in enumerate(reds):
+            Image.new("RGB", (9, 8), (red, 0, 0)).save(tmp_path / "photos" / name / f"{number}.png")
+    return tmp_path / "photos"
+
+
+def test_evaluate_takes_the_model_s_class_order_not_the_folder_s(classifier: GarbageClassifier, folder: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    metrics = evaluate(classifier, folder, on_progress=lambda done, of: calls.append((done, of)))
+    assert list(metrics.per_class) == ["zinc", "glass", "paper"]
+    assert metrics.confusion == [[2, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 1]]
+    assert (metrics.photos, metrics.parameters, metrics.top1) == (6, 7, pytest.approx(4 / 6))
+    assert calls == [(done, 6) for done in range(1, 7)]
+
+
+def test_evaluate_keeps_to_split_files(classifier: GarbageClassifier, folder: Path, tmp_path: Path) -> None:
+    split = tmp_path / "split.txt"
+    split.write_text("paper/0.png\npaper/1.png\n")
+    metrics = evaluate(classifier, folder, splits=[split])
+    assert metrics.photos == 2 and metrics.top1 == 0.5 and metrics.per_class["zinc"].support == 0
+
+
+def test_evaluate_measures_calibrated_scores(classifier: GarbageClassifier, folder: Path) -> None:
+    photos = Photos.from_folder(folder, classes=classifier.labels)
+    logits = np.stack(list(classifier.logits_stream(photos.paths)))  # type: ignore[arg-type]
+    expected = torch.nn.functional.cross_entropy(torch.tensor(logits / 2.0), torch.tensor(photos.targets))
+    assert evaluate(classifier, folder).loss == pytest.approx(float(expected))
+
+
+def test_evaluate_names_every_photo_that_can_t_be_read(classifier: GarbageClassifier, folder: Path) -> None:
+    broken = [folder / "glass" / "0.png", folder / "paper" / "2.png"]
+    for path in broken:
+        path.write_bytes(b"")
+    with pytest.raises(DataError, match=r"2 of 6 photos can't be read:") as error:
+        evaluate(classifier, folder)
+    assert all(str(path) in str(error.value) for path in broken)
+
+
+def test_evaluate_refuses_classes_that_the_model_does_not_know(classifier: GarbageClassifier, folder: Path) -> None:
+    (folder / "wood").mkdir()
+    shutil.copy(folder / "glass" / "0.png", folder / "wood" / "0.png")
+    with pytest.raises(DataError, match="has the classes wood, which are not among zinc, glass, paper"):
+        evaluate(classifier, folder)
+
+
+def test_evaluate_opens_what_from_pretrained_opens(run_folder: Path, tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "photos", {"glass": 2, "metal": 3})
+    metrics = ghost_resnet.evaluate(run_folder, root)
+    answers = GarbageClassifier.from_pretrained(run_folder).predict(Photos.from_folder(root).paths)
+    right = [
+        answer.label == path.parent.name for answer, path in zip(answers, Photos.from_folder(root).paths, strict=True)
+    ]
+    assert metrics.photos == 5 and metrics.top1 <= np.mean(right)  # unnamed outputs may win, but only in metrics
+    with pytest.raises(SourceError):
+        ghost_resnet.evaluate(tmp_path / "none", root)
+
+
+def test_evaluate_on_real_photos_counts_them_by_class(run_folder: Path, data_root: Path, tmp_path: Path) -> None:
+    split = tmp_path / "split.txt"
+    names = ["cardboard", "glass", "metal", "paper", "plastic", "trash"]
+    split.write_text("".join(f"{name}/{name}{number}.jpg\n" for name in names for number in (1, 2)))
+    metrics = evaluate(run_folder, data_root / "trashnet", splits=[split])
+    assert [figures.support for figures in metrics.per_class.values()] == [2] * 6
+    assert [sum(row) for row in metrics.confusion] == [2] * 6
