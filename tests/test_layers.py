@@ -1,6 +1,7 @@
 """The Ghost module."""
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from timm.models import ghostnet
@@ -106,3 +107,46 @@ def test_torchscript_gives_the_same_output_with_and_without_surplus_channels() -
     for out_chs in (8, 9):
         module = with_statistics(GhostModule(6, out_chs))
         torch.testing.assert_close(torch.jit.script(module)(photo()), module(photo()))
+
+
+def profiled_names(module: nn.Module, x: torch.Tensor) -> set[str]:
+    """Names of the operators and kernels that a forward pass runs."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.inference_mode(), torch.profiler.profile(activities=activities) as profile:
+        module(x)
+    return {event.key for event in profile.key_averages()}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("dtype", "memory_format", "enabled", "cudnn"),
+    [
+        (torch.float32, torch.channels_last, True, True),
+        (torch.float16, torch.channels_last, True, True),
+        (torch.bfloat16, torch.channels_last, True, True),
+        (torch.float32, torch.contiguous_format, True, False),
+        (torch.bfloat16, torch.contiguous_format, True, False),
+        (torch.float16, torch.channels_last, False, False),
+    ],
+)
+def test_depthwise_convolution_runs_on_the_kernel_that_the_docs_say(
+    dtype: torch.dtype, memory_format: torch.memory_format, enabled: bool, cudnn: bool
+) -> None:
+    cheap = GhostModule(64, 128).cheap_operation.eval().to("cuda", dtype)
+    x = torch.randn(2, 64, 28, 28, device="cuda", dtype=dtype).to(memory_format=memory_format)
+    with torch.backends.cudnn.flags(enabled=enabled):
+        names = profiled_names(cheap, x)
+    assert ("aten::cudnn_convolution" in names) == cudnn
+    assert ("aten::_conv_depthwise2d" in names) == (not cudnn)
+    assert any("conv_depthwise2d_forward_kernel" in name for name in names) == (not cudnn)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_channels_last_with_autocast_keeps_every_depthwise_convolution_on_cudnn(dtype: torch.dtype) -> None:
+    model = timm.create_model("ghost_resnet50").eval().to("cuda", memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 64, 64, device="cuda").to(memory_format=torch.channels_last)
+    with torch.autocast("cuda", dtype):
+        names = profiled_names(model, x)
+    assert "aten::cudnn_convolution" in names
+    assert "aten::_conv_depthwise2d" not in names
