@@ -16,12 +16,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import date
 from inspect import signature
@@ -404,6 +406,23 @@ def _check_config(config: Any, path: Path) -> None:
     need(len(labels) <= num_classes, f"at most num_classes={num_classes} label names", len(labels))
     args = config.get("model_args", {})
     need(isinstance(args, dict), "an object under 'model_args'", args)
+    temperature = config.get("temperature", 1.0)
+    need(_is_number(temperature) and temperature > 0, "a positive number under 'temperature'", temperature)
+    size = cfg.get("input_size", [3, 224, 224])
+    need(
+        isinstance(size, list) and len(size) == 3 and all(type(side) is int and 0 < side <= 4096 for side in size),
+        "channels, height and width of at most 4096 under 'input_size'",
+        size,
+    )
+    for name in ("mean", "std"):
+        values = cfg.get(name, [0.5])
+        need(isinstance(values, list) and all(map(_is_number, values)), f"numbers under {name!r}", values)
+    crop = cfg.get("crop_pct", 1.0)
+    need(_is_number(crop) and 0 < crop <= 1, "a share under 'crop_pct'", crop)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def load_model(source: str | Path | ModelFiles, *, num_classes: int | None = None, **model_kwargs: Any) -> nn.Module:
@@ -524,7 +543,7 @@ def _network(files: ModelFiles) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _is_modest(value: Any, nested: bool = False) -> bool:
-    """Whether a network's argument can't make its construction endless (`depth`, `layers`)."""
+    """Whether a network's argument is a plain value that can't make anything endless by itself."""
     if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, list | tuple):
@@ -539,13 +558,15 @@ def _check_fit(files: ModelFiles, cfg: dict[str, Any], args: dict[str, Any]) -> 
     import timm
     import torch
 
+    header = list(_header(files.weights))
     try:
-        with torch.device("meta"):
+        # a block takes the parameters of the layers that it then replaces
+        with torch.device("meta"), _at_most_parameters(4 * len(header)):
             network = timm.create_model(files.architecture, pretrained_cfg=cfg, **args).state_dict()
     except Exception as error:  # the arguments come from a file: timm and torch may say anything
         raise ConfigError(f"{files.source}: can't build {files.architecture}({args}): {error}") from error
     expected = {name: (tuple(t.shape), t.is_floating_point()) for name, t in network.items()}
-    got = {name: (shape, dtype in _FLOATS) for name, shape, dtype in _header(files.weights)}
+    got = {name: (shape, dtype in _FLOATS) for name, shape, dtype in header}
     wrong = [
         *(f"{name!r} is missing" for name in expected.keys() - got.keys()),
         *(f"{name!r} is not in the network" for name in got.keys() - expected.keys()),
@@ -562,6 +583,26 @@ def _check_fit(files: ModelFiles, cfg: dict[str, Any], args: dict[str, Any]) -> 
             f"{files.weights} does not fit {files.architecture} with {files.num_classes} classes: "
             f"{len(wrong)} of {len(expected)} tensors differ: {some}"
         )
+
+
+@contextmanager
+def _at_most_parameters(limit: int) -> Iterator[None]:
+    """Stop a network whose arguments would make its construction endless; other threads' networks are let be."""
+    from torch.nn.modules.module import register_module_parameter_registration_hook
+
+    thread, count = threading.get_ident(), 0
+
+    def hook(*_: Any) -> None:
+        nonlocal count
+        count += threading.get_ident() == thread
+        if count > limit:
+            raise ConfigError("the network has far more parameters than the file has tensors")
+
+    handle = register_module_parameter_registration_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _header(path: Path) -> Iterator[tuple[str, tuple[int, ...], str]]:
