@@ -250,9 +250,10 @@ def _resolve_hub(source: str, cache_dir: str | Path | None) -> ModelFiles:
     repo, _, revision = source.removeprefix("hf-hub:").partition("@")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         raise SourceError(f"expected hf-hub:owner/repo or hf-hub:owner/repo@revision, got {source!r}")
-    paths = []
+    paths: list[Path] = []
     for name in (_CONFIG_NAME, _WEIGHTS_NAME):
-        path = _download(repo, revision or None, name, cache_dir)
+        # the weights come from the commit, snapshots/COMMIT in the cache, that the configuration came from
+        path = _download(repo, paths[0].parent.name if paths else revision or None, name, cache_dir)
         if path.is_symlink():  # to a blob that is named by the hash that the hub announced
             _verify(path, Path(path.readlink()).name, f"ghost-resnet hub download {source}")
         else:

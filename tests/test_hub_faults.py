@@ -284,6 +284,36 @@ def test_offline_repository_is_read_from_the_cache(hub: Hub, commit: str, tmp_pa
     assert_right(resolve(hub, tmp_path, source, HF_HUB_OFFLINE="1"))
 
 
+def test_cache_without_links_verifies_tags_and_says_that_it_can_not_verify_repositories(
+    hub: Hub, commit: str, tmp_path: Path
+) -> None:
+    no_links = {"HF_HUB_DISABLE_SYMLINKS": "1"}
+    source = f"hf-hub:{REPO}"
+    process = start(hub, tmp_path, source, TAG, **no_links)
+    out, err = process.communicate(timeout=60)
+    assert_right(json.loads(out.splitlines()[0]))
+    assert "can't be verified" in err
+    path = Path(json.loads(out.splitlines()[1])[1])
+    flip_a_bit(path)
+    assert resolve(hub, tmp_path, **no_links)[0] == "IntegrityError"
+    assert_right(resolve(hub, tmp_path, **no_links))
+
+
+def test_weights_and_configuration_come_from_one_commit(hub: Hub, commit: str, tmp_path: Path) -> None:
+    """Even if the branch moves between the two downloads."""
+    answer = hub.put
+
+    class Moving(list):  # type: ignore[type-arg]
+        def append(self, line: str) -> None:
+            super().append(line)
+            if line.startswith("GET") and "config.json" in line and len(hub.repos[REPO]) == 1:
+                answer(REPO, {"model.safetensors": save({"weight": np.ones(3, np.float32)})})
+
+    hub.log = Moving()
+    assert_right(resolve(hub, tmp_path, f"hf-hub:{REPO}"))
+    assert len(hub.repos[REPO]) == 2
+
+
 def test_private_repository_needs_its_token(hub: Hub, commit: str, tmp_path: Path) -> None:
     hub.tokens[REPO] = "hf_secret"
     assert resolve(hub, tmp_path)[0] == "DownloadError"
@@ -330,6 +360,15 @@ def table() -> str:
         kind, says = OUTCOMES[fault]
         ends = "the right weights" if kind == "weights" else f'`{kind}`: "… {says} …"'
         rows.append(f"| {does} | {ends} | the right weights |")
+    rows += [
+        '| the disk is full | `DownloadError`: "… No space left on device …" | the right weights |',
+        '| a limit on the size of files is hit | `DownloadError`: "… File too large …" | the right weights |',
+        "| two to eight processes download at once | the right weights in each | the right weights |",
+        "| the process is killed in mid-download (`kill -9`) | | the right weights |",
+        '| a bit of the cached file flips | `IntegrityError`: "… moved aside to …" | the right weights |',
+        '| a bit flips in a cache that is read-only | `IntegrityError`: "… could not be moved aside …" | the same |',
+        '| offline, and the cache is empty | `DownloadError`: "… HF_HUB_OFFLINE" | the right weights |',
+    ]
     return "\n".join(rows)
 
 

@@ -1,0 +1,61 @@
+"""How much the hash check adds to the first load of a tag's weights.
+
+Each load is the first of a fresh process, timed from after the imports to the model being ready. Loads with and
+without the check take turns, with the file in the page cache and, by `--cold`, dropped from it before each.
+
+    python benchmarks/load_weights.py [TAG] [--rounds 15] [--cold]
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+
+from ghost_resnet import hub
+
+LOAD = """
+import sys, time
+import ghost_resnet, timm
+from ghost_resnet import hub
+if sys.argv[2] == "unchecked":
+    hub._verify = lambda *_: None
+started = time.perf_counter()
+timm.create_model(sys.argv[1], pretrained=True)
+print(time.perf_counter() - started)
+"""
+
+
+def load(tag: str, how: str) -> float:
+    command = [sys.executable, "-c", LOAD, tag, how]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("tag", nargs="?", help="default: the package's first")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--cold", action="store_true", help="drop the file from the page cache before each load")
+    options = parser.parse_args()
+    tag = options.tag or hub.default_tag()
+    path = hub.resolve(tag).weights
+    times: dict[str, list[float]] = {"unchecked": [], "checked": []}
+    for number in range(options.rounds):
+        for how in ("unchecked", "checked") if number % 2 else ("checked", "unchecked"):
+            if options.cold:
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            times[how].append(load(tag, how))
+    for how, seconds in times.items():
+        print(f"{how:9}  median {statistics.median(seconds):.3f} s  best {min(seconds):.3f} s")
+    medians = {how: statistics.median(seconds) for how, seconds in times.items()}
+    print(
+        f"{tag}, {path.stat().st_size / 1e6:.1f} MB, {'cold' if options.cold else 'warm'}: the check costs "
+        f"{medians['checked'] / medians['unchecked']:.3f} times (median), "
+        f"{min(times['checked']) / min(times['unchecked']):.3f} times (best); at most 1.15 is allowed"
+    )
+
+
+if __name__ == "__main__":
+    main()
