@@ -33,7 +33,7 @@ from . import hub
 from .data import PhotoDataset, Photos, Preprocessing
 from .errors import RunError, TrainingError
 from .evaluation import Metrics, compute_metrics
-from .files import write_text
+from .files import remove_leftovers, write_text
 from .hygiene import find_problems, split_photos
 from .recipes import Recipe, load_recipe
 
@@ -137,7 +137,7 @@ def finetune(
         if job.state.epoch == 0 and recipe.fit_head:
             _fit_head(job)
             _keep(job, {"epoch": 0, "img_size": recipe.eval_size}, _validate(job, recipe.eval_size))
-        accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": job.state.update}})
+        accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": job.state.update + 1}})
         while not job.finished:
             _set_up_epoch(job)
             row = _train_epoch(job, on_progress)
@@ -326,7 +326,7 @@ def _create_task(recipe: Recipe, model: Any, classes: Sequence[str], mixing: boo
     loss = {"soft_targets": mixing, "smoothing": recipe.label_smoothing}
     if not recipe.teacher:
         return ClassificationTask(model, criterion_kwargs=loss, device=device, verbose=False)
-    arch, _, tag = recipe.teacher.partition(".")
+    arch = recipe.teacher.partition(".")[0]
     if timm.is_model(arch) and not arch.startswith("ghost_resnet"):
         teacher = timm.create_model(recipe.teacher, pretrained=True)
         labels: Sequence[str] = ()
@@ -365,6 +365,7 @@ def _prepare_folder(out: Path, recipe: Recipe, resume: bool) -> None:
             raise RunError(f"{out} holds no run to resume: start one without --resume")
         if load_recipe(saved) != recipe:
             raise RunError(f"{saved} is another recipe than the one given: resume with --recipe {saved}")
+        remove_leftovers(out)
     elif out.exists() and any(out.iterdir()):
         raise RunError(f"{out} is not empty: resume the run in it with --resume, or take another folder")
     else:
