@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .errors import GhostResNetError
+from .errors import DataError, GhostResNetError
 
 if TYPE_CHECKING:
     from rich.progress import Progress as ProgressBar
@@ -67,7 +67,7 @@ def main(
 
 @app.command()
 def predict(
-    paths: Annotated[list[Path], typer.Argument(help="Photos, or folders of photos.", metavar="PATH...")],
+    paths: Annotated[list[Path], typer.Argument(help="Photos, or folders of photos.", metavar="PATH")],
     model: Model = None,
     output: Annotated[Format, typer.Option("--format", help="How answers are written.")] = Format.text,
 ) -> None:
@@ -81,7 +81,7 @@ def predict(
     with _errors_as_exit_2():
         photos = [photo for path in paths for photo in (find_images(path) if path.is_dir() else [path])]
         if not photos:
-            raise typer.BadParameter(f"no photos in {', '.join(map(str, paths))}")
+            raise DataError(f"no photos in {', '.join(map(str, paths))}")
         classifier = GarbageClassifier.from_pretrained(model)
         failed = 0
         answers = _named_errors(zip(photos, classifier.predict_stream(photos), strict=True))
