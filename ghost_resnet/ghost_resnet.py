@@ -271,23 +271,33 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
+_network_cfgs = {
+    "ghost_resnet50": _cfg(),
+    "ghost_resnet50_cifar": _cfg(
+        num_classes=100,
+        input_size=(3, 32, 32),
+        pool_size=(4, 4),
+        crop_pct=1.0,
+        mean=CIFAR100_MEAN,
+        std=CIFAR100_STD,
+    ),
+    "ghost_resnet50_s2": _cfg(),
+    "ghost_resnet50_s4": _cfg(),
+    "ghost_resnet101": _cfg(),
+    "ghost_resnet152": _cfg(),
+}
+
+
+def _tag_cfg(entry: hub.Entry) -> dict[str, Any]:
+    """The network's configuration with what the manifest knows of a tag."""
+    cfg = {**_network_cfgs[entry.architecture], **entry.pretrained_cfg()}
+    sides = zip(_network_cfgs[entry.architecture]["pool_size"], cfg["input_size"][1:], strict=True)
+    whole = _network_cfgs[entry.architecture]["input_size"][1]
+    return {**cfg, "pool_size": tuple(pool * side // whole for pool, side in sides)}
+
+
 default_cfgs = generate_default_cfgs(
-    {
-        "ghost_resnet50": _cfg(),
-        "ghost_resnet50_cifar": _cfg(
-            num_classes=100,
-            input_size=(3, 32, 32),
-            pool_size=(4, 4),
-            crop_pct=1.0,
-            mean=CIFAR100_MEAN,
-            std=CIFAR100_STD,
-        ),
-        "ghost_resnet50_s2": _cfg(),
-        "ghost_resnet50_s4": _cfg(),
-        "ghost_resnet101": _cfg(),
-        "ghost_resnet152": _cfg(),
-        **{tag: _cfg(**entry.pretrained_cfg()) for tag, entry in hub.manifest().items()},
-    }
+    {**_network_cfgs, **{tag: _tag_cfg(entry) for tag, entry in hub.manifest().items()}}
 )
 
 

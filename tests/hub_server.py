@@ -16,25 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-FAULTS = {
-    "cut": "the connection is cut in the middle of the file, twice",
-    "cut for good": "the connection is cut in the middle of the file each time, and ranges are ignored",
-    "404": "there is no such file",
-    "401": "the repository is private, and no token was sent",
-    "403": "access is forbidden",
-    "429": "too many requests, `Retry-After: 1`, twice",
-    "503": "the service is unavailable, twice, then there again",
-    "500": "the file server has an internal error",
-    "short": "the file is shorter than announced",
-    "flip": "one bit of the file is wrong, its size is right",
-    "etag": "the announced hash is another file's",
-    "html": "an HTML page comes in place of the file",
-    "portal": "a captive portal answers everything with an HTML page",
-    "stall": "nothing more comes after half of what is left, each time",
-    "drip": "a byte comes now and then",
-    "nowhere": "the file is said to be where nobody answers",
-    "circle": "redirects lead in a circle",
-}
+STATUSES = {"401": {"X_Error_Code": "RepoNotFound"}, "403": {}, "429": {"Retry_After": "1"}, "503": {}}
 PAGE = b"<!doctype html><title>Sign in</title><p>Please accept our terms to use this network."
 
 
@@ -146,14 +128,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def resolve(self, repo: str, revision: str, name: str) -> None:
         hub = self.hub
-        if hub.strikes("401", name):
-            return self.answer(401, X_Error_Code="RepoNotFound")
-        if hub.strikes("403", name):
-            return self.answer(403, b'{"error": "forbidden"}', Content_Type="application/json")
-        if hub.strikes("429", name, passing=True):
-            return self.answer(429, Retry_After=1)
-        if hub.strikes("503", name, passing=True):
-            return self.answer(503)
+        for fault, headers in STATUSES.items():
+            if hub.strikes(fault, name, passing=fault in ("429", "503")):
+                return self.answer(int(fault), **headers)
         if hub.strikes("circle", name):
             return self.answer(302, Location=self.path)
         commit = self.commit(repo, revision)
