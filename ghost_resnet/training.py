@@ -30,12 +30,14 @@ from torch.utils.data import DataLoader, Sampler
 from torchvision import transforms
 
 from . import hub
+from .classifier import GarbageClassifier
 from .data import PhotoDataset, Photos, Preprocessing
 from .errors import RunError, TrainingError
 from .evaluation import Metrics, compute_metrics
 from .files import remove_leftovers, write_text
 from .hygiene import find_problems, split_photos
 from .recipes import Recipe, load_recipe
+from .report import write_report
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +98,7 @@ def finetune(
     Args:
         data: Folder that holds one folder a class.
         out: Run folder to make. It will hold `model.safetensors`, `config.json` (timm's format), `metrics.json`,
-            `recipe.toml`, `history.csv` and `tensorboard/`.
+            `recipe.toml`, `history.csv`, `tensorboard/` and, with validation photos, `report.html`.
         recipe: Name of a recipe, a TOML file, or a `Recipe`.
         splits: Split files with the training photos; none takes every photo in `data`.
         val: Split file with the validation photos. Without one, `recipe.val_fraction` of the training photos.
@@ -146,6 +148,9 @@ def finetune(
             if on_progress and accelerator.is_main_process:
                 on_progress(job.progress(job.steps, row, epoch_done=True))
         accelerator.end_training()
+        if val_photos and accelerator.is_main_process:
+            _report(job)
+        accelerator.wait_for_everyone()
         return Run(out, recipe, job.best, job.state.history)
 
 
@@ -534,6 +539,22 @@ def _keep(job: _Job, row: dict[str, Any], metrics: Metrics | None) -> None:
                 write_text(job.out / "metrics.json", json.dumps(metrics.to_dict(), indent=2))
         write_text(job.out / "history.csv", _to_csv(state.history))
     _save_checkpoint(job)
+
+
+def _report(job: _Job) -> None:
+    """Measure the saved files as a user would and write `report.html`."""
+    assert job.val_photos and job.best
+    classifier = GarbageClassifier.from_pretrained(job.out)
+    logits = np.stack([np.asarray(item) for item in classifier.logits_stream(job.val_photos.paths)])
+    write_report(
+        job.out / "report.html",
+        title=job.out.name,
+        recipe=job.recipe,
+        metrics=job.best,
+        history=job.state.history,
+        photos=job.val_photos,
+        logits=logits,
+    )
 
 
 def _save_checkpoint(job: _Job) -> None:

@@ -80,6 +80,7 @@ def test_a_run_folder_holds_what_is_promised_and_opens_in_timm_and_here(photos: 
         "metrics.json",
         "model.safetensors",
         "recipe.toml",
+        "report.html",
         "tensorboard",
     }
     assert run.metrics is not None and run.metrics.photos == 8

@@ -1,0 +1,109 @@
+"""The report of a run holds its figures, needs no other file, and finds the labels that are wrong."""
+
+import html.parser
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ghost_resnet.data import Photos
+from ghost_resnet.evaluation import compute_metrics
+from ghost_resnet.recipes import load_recipe
+from ghost_resnet.report import suspected_label_errors, write_report
+
+CLASSES = ("can", "jar <b>", "paper")
+
+
+@pytest.fixture
+def report(tmp_path: Path) -> Path:
+    """The report of a network that is right on all but two of thirty photos."""
+    paths = []
+    for i in range(30):
+        path = tmp_path / "photos" / CLASSES[i % 3] / f"photo & {i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 30), (8 * i, 100, 100)).save(path)
+        paths.append(path)
+    targets = [i % 3 for i in range(30)]
+    logits = np.full((30, 3), -2.0, np.float32)
+    logits[range(30), targets] = 2.0
+    logits[4], logits[5] = (9.0, 0.0, 0.0), (1.0, 0.0, 0.9)
+    write_report(
+        tmp_path / "report.html",
+        title="bins & more",
+        recipe=load_recipe("report"),
+        metrics=compute_metrics(logits, targets, CLASSES, 12345),
+        history=[
+            {"epoch": e, "train_loss": 1 / e, "val_loss": 2 / e, "val_top1": 0.5, "images_per_second": 7}
+            for e in (1, 2)
+        ],
+        photos=Photos(tuple(paths), tuple(targets), CLASSES),
+        logits=logits,
+    )
+    return tmp_path / "report.html"
+
+
+class Links(html.parser.HTMLParser):
+    """Collects what a page loads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "srcset", "data")]
+
+
+def test_the_report_holds_the_figures_and_loads_nothing(report: Path) -> None:
+    text = report.read_text()
+    links = Links()
+    links.feed(text)
+    assert all(link.startswith(("data:", "#")) for link in links.found)
+    assert not re.search(r"url\((?!#|['\"]?data:)|@import|<script", text)
+    assert "93.3%" in text and "12,345 parameters" in text and "bins &amp; more" in text
+    assert "jar &lt;b&gt;" in text and "jar <b>" not in re.sub(r"<svg.*?</svg>", "", text, flags=re.S)
+    assert text.count("<svg") == 4
+    assert "jar &lt;b&gt;, taken for <b>can</b> (1.00)" in text and "photo &amp; 4.png" in text
+    assert "2 of 2, the most confident first" in text and "1 of 1 photos" in text
+    assert "arch = &#34;ghost_resnet50_cifar&#34;" in text
+
+
+def test_a_label_is_suspect_where_the_network_is_as_sure_of_another_as_it_usually_is_of_that() -> None:
+    scores = np.array([[0.9, 0.1], [0.8, 0.2], [0.95, 0.05], [0.55, 0.45], [0.1, 0.9], [0.2, 0.8]])
+    assert suspected_label_errors(scores, [0, 0, 1, 1, 1, 1]) == [2]
+    assert suspected_label_errors(scores, [0, 0, 0, 0, 1, 1]) == []
+
+
+@pytest.mark.slow
+def test_a_browser_shows_the_report_from_the_file_system(report: Path, tmp_path: Path) -> None:
+    browser = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
+    if not browser:
+        pytest.skip("no Chromium to open the report in")
+    command = [
+        browser,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ]
+    shot = tmp_path / "report.png"
+    for width in (390, 1200):
+        subprocess.run(
+            [*command, f"--window-size={width},1600", f"--screenshot={shot}", report.as_uri()],
+            check=True,
+            capture_output=True,
+            timeout=120,
+        )
+        pixels = np.asarray(Image.open(shot).convert("RGB"))
+        assert pixels.shape[1] == width and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 100
+    dom = subprocess.run(
+        [*command, "--dump-dom", report.as_uri()], check=True, capture_output=True, text=True, timeout=120
+    ).stdout
+    assert dom.count("<figure>") == 3
