@@ -27,12 +27,15 @@ SCRIPTS = Path(sys.executable).parent
 
 # Top first: a module imports from lines below its own only.
 LAYERS = (
+    "__main__",
     "cli",
     "training",
+    "report",
     "evaluation",
     "classifier",
     "runtimes",
-    "surgery conversion folding",
+    "surgery",
+    "distillation conversion folding",
     "ghost_resnet",
     "hub",
     "hygiene",
