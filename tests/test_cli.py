@@ -250,9 +250,8 @@ def many(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "csv"])
-def test_a_reader_that_has_had_enough_ends_the_command_quietly(kind: str, run_folder: Path, many: Path) -> None:
-    command = [*COMMAND, "predict", "--model", str(run_folder), "--format", kind, str(many)]
+def test_a_reader_that_has_had_enough_ends_the_command_quietly(run_folder: Path, many: Path) -> None:
+    command = [*COMMAND, "predict", "--model", str(run_folder), "--format", "csv", str(many)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout and process.stderr
         assert process.stdout.readline()
