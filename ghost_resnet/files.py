@@ -27,3 +27,9 @@ def write_text(path: Path | str, text: str) -> None:
     """Write `text` to `path` as UTF-8, wholly or not at all."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files that a killed process left in a folder that nobody else writes to."""
+    for path in folder.glob(".*." + "[0-9a-f]" * 8):
+        path.unlink()

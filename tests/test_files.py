@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ghost_resnet.files import atomic_path, write_text
+from ghost_resnet.files import atomic_path, remove_leftovers, write_text
 
 
 def names(folder: Path) -> list[str]:
@@ -69,3 +69,15 @@ def test_threads_that_write_the_same_file_never_mix_nor_change_the_process(tmp_p
         list(pool.map(lambda text: write_text(path, text), texts * 5))
     assert os.umask(umask) == 0o027
     assert path.read_text() in texts and names(tmp_path) == ["x"]
+
+
+def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    kept = {".gitignore", ".editor.settings", "model.safetensors", "x.12345678"}
+    for name in kept:
+        (tmp_path / name).touch()
+    unfinished = [atomic_path(tmp_path / "model.safetensors") for _ in range(3)]
+    for writing in unfinished:
+        writing.__enter__().write_text("half")
+    assert len(names(tmp_path)) == 7
+    remove_leftovers(tmp_path)
+    assert set(names(tmp_path)) == kept
