@@ -171,9 +171,7 @@ def finetune(
                 resume=resume,
                 on_progress=_Reporter(bar),
             )
-    if result.metrics:
-        typer.echo(result.metrics.report())
-    typer.echo(result.folder)
+    typer.echo(f"on {result.metrics.measured_on}:\n{result.metrics.report()}\n{result.folder}")
 
 
 hub_app = typer.Typer(help="Weights: list, download, verify, push, convert.", no_args_is_help=True)
@@ -261,7 +259,6 @@ def hub_convert(
 def hub_embed(
     run: Annotated[Path, typer.Argument(help="Run folder with metrics.json.")],
     tag: Annotated[str, typer.Argument(help="architecture.name")],
-    measured_on: Annotated[str, typer.Option(help="Name of the list of photos of metrics.json.")],
     origin: Annotated[str, typer.Option(help="How the weights came to be, one sentence.")],
     hf_hub_id: Annotated[str | None, typer.Option(help="owner/repo that holds, or will hold, the same file.")] = None,
     revision: Annotated[str | None, typer.Option(help="Commit or git tag of that repository.")] = None,
@@ -275,7 +272,6 @@ def hub_embed(
             run,
             tag,
             metrics=metrics,
-            measured_on=measured_on,
             origin=origin,
             hf_hub_id=hf_hub_id,
             revision=revision,

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ class Metrics:
         parameters: Number of parameters of the network.
         per_class: Figures of each class, in class order.
         confusion: `confusion[true][predicted]` counts photos; its last column counts outputs without a name.
+        measured_on: Which photos these are.
     """
 
     photos: int
@@ -62,6 +63,7 @@ class Metrics:
     parameters: int
     per_class: dict[str, ClassMetrics]
     confusion: list[list[int]]
+    measured_on: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """As plain types, for JSON."""
@@ -155,6 +157,7 @@ def evaluate(
             on_progress(done, len(photos))
     if errors:
         raise DataError(f"{len(errors)} of {len(photos)} photos can't be read:\n" + "\n".join(errors))
-    return compute_metrics(
-        np.stack(logits) / classifier.temperature, photos.targets, classifier.labels, classifier.parameters
-    )
+    scaled = np.stack(logits) / classifier.temperature
+    metrics = compute_metrics(scaled, photos.targets, classifier.labels, classifier.parameters)
+    names = [Path(split).name for split in splits]
+    return replace(metrics, measured_on=", ".join(names) or f"all photos in {Path(data).name}")

@@ -204,8 +204,7 @@ def resolve(source: str | Path, *, cache_dir: str | Path | None = None) -> Model
         ConfigError: `config.json` can't be used.
     """
     name = str(source)
-    tag = _tag(name)
-    if tag:
+    if isinstance(source, str) and (tag := _tag(name)):
         return _resolve_tag(tag, cache_dir)
     if name.startswith("hf-hub:"):
         return _resolve_hub(name, cache_dir)
@@ -347,18 +346,21 @@ def _remedy(error: BaseException) -> str:
 
 def _verify(path: Path, expected: str, repair: str) -> None:
     """Check a file against its sha256, or its git hash if that is what the hub gave; move a bad one aside."""
-    if _SHA256.fullmatch(expected):
-        got = _digest(path, hashlib.sha256())
-    else:
-        got = _digest(path, hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False))
+    try:
+        if _SHA256.fullmatch(expected):
+            got = _digest(path, hashlib.sha256())
+        else:
+            got = _digest(path, hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False))
+    except OSError as error:  # such as one that another process has just found bad and moved aside
+        raise WeightsError(f"expected to read {path}, got {error}; repair: {repair}") from error
     if got == expected:
         return
     bad = path.resolve()
     aside: Path | None = None
     try:
         aside = bad.rename(bad.with_name(f"{bad.name}.bad-{got[:8]}"))
-    except OSError:
-        _logger.warning("%s could not be moved aside", bad, exc_info=True)
+    except OSError as error:
+        _logger.warning("%s could not be moved aside: %s", bad, error)
     raise IntegrityError(path, expected, got, repair, aside)
 
 
@@ -376,7 +378,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: expected at most {_CONFIG_LIMIT} bytes, got {path.stat().st_size}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: expected JSON, got {_summary(error)}") from error
     _check_config(config, path)
     return config
@@ -694,7 +696,8 @@ def _config_of(
         config = json.loads(path.read_text(encoding="utf-8"))
     config["pretrained_cfg"].pop("label_names", None)  # timm reads the outer one; two could contradict
     if tag is None:
-        del config["pretrained_cfg"]["tag"]
+        for name in ("tag", "description"):
+            config["pretrained_cfg"].pop(name, None)
     del config["model_args"]["num_classes"]  # said above; transformers refuses to hear it twice
     return config
 
@@ -794,7 +797,6 @@ def embed(
     tag: str,
     *,
     metrics: Mapping[str, Any],
-    measured_on: str,
     origin: str,
     license: str = "apache-2.0",
     hf_hub_id: str | None = None,
@@ -808,8 +810,8 @@ def embed(
     Args:
         source: What `resolve` takes, usually a run folder; the network's arguments must be the defaults.
         tag: `architecture.name`.
-        metrics: What was measured; numbers and intervals are kept, tables are left to the run.
-        measured_on: Name of the list of photos that it was measured on.
+        metrics: What was measured, as `Metrics.to_dict` has it: `measured_on` names the list of photos. Tables
+            are left to the run.
         origin: How the weights came to be, one sentence.
         license: SPDX identifier.
         hf_hub_id: `owner/repo` that holds, or will hold, the same file.
@@ -829,14 +831,15 @@ def embed(
     if tag.partition(".")[0] != files.architecture or not tag.partition(".")[2]:
         raise ConfigError(f"expected a tag {files.architecture}.NAME, got {tag!r}")
     cfg, args = _network(files)
-    if extra := {name for name in args if name not in ("num_classes", "in_chans", "global_pool")}:
+    harmless = {"num_classes", "in_chans", "global_pool", "zero_init_last"}  # the last is about training's start
+    if extra := args.keys() - harmless:
         raise ConfigError(f"expected the network's default arguments, got {sorted(extra)}")
     model = load_model(files)
     preprocessing = {name: cfg[name] for name in _PREPROCESSING if cfg.get(name) is not None}
     figures = {
         name: value
         for name, value in metrics.items()
-        if all(isinstance(number, int | float) for number in (value if isinstance(value, list | tuple) else [value]))
+        if all(isinstance(item, int | float | str) for item in (value if isinstance(value, list | tuple) else [value]))
     }
     file = f"{tag}.safetensors"
     with TemporaryDirectory(dir=WEIGHTS) as folder:
@@ -854,7 +857,7 @@ def embed(
             revision=revision,
             preprocessing=preprocessing,
             temperature=files.config.get("temperature"),
-            metrics={"list": measured_on, **figures},
+            metrics=figures,
             license=license,
             origin=origin,
             date=made or date.today().isoformat(),

@@ -32,7 +32,7 @@ from torchvision import transforms
 from . import hub
 from .classifier import GarbageClassifier
 from .data import PhotoDataset, Photos, Preprocessing
-from .errors import RunError, TrainingError
+from .errors import RecipeError, RunError, TrainingError
 from .evaluation import Metrics, compute_metrics
 from .files import remove_leftovers, write_text
 from .hygiene import find_problems, split_photos
@@ -68,13 +68,14 @@ class Run:
     Attributes:
         folder: The run folder, which opens with `timm.create_model("local-dir:...", pretrained=True)`.
         recipe: What was done.
-        metrics: Of the kept weights on the validation photos; None if there were none.
+        metrics: Of the kept weights on the validation photos or, without any, on the training photos; its
+            `measured_on` says which.
         history: One row an epoch.
     """
 
     folder: Path
     recipe: Recipe
-    metrics: Metrics | None
+    metrics: Metrics
     history: list[dict[str, Any]]
 
 
@@ -116,8 +117,10 @@ def finetune(
     recipe = load_recipe(recipe).replace(overrides or {})
     train_photos = Photos.from_folder(data, splits=splits)
     val_photos = Photos.from_folder(data, splits=[val], classes=train_photos.classes) if val else None
+    measured_on = Path(val).name if val else "the training photos"
     if val_photos is None and recipe.val_fraction:
         train_photos, val_photos = split_photos(train_photos, recipe.val_fraction, recipe.seed)
+        measured_on = f"{len(val_photos)} photos that were held out"
 
     accelerator = Accelerator(
         mixed_precision=_mixed_precision(recipe.precision),
@@ -133,24 +136,22 @@ def finetune(
         accelerator.wait_for_everyone()
         for problem in find_problems(train_photos, val_photos):
             logger.warning(problem)
-        job = _build(recipe, train_photos, val_photos, accelerator, out)
+        job = _build(recipe, train_photos, val_photos, measured_on, accelerator, out)
         if resume:
             job.resume()
         if job.state.epoch == 0 and recipe.fit_head:
             _fit_head(job)
-            _keep(job, {"epoch": 0, "img_size": recipe.eval_size}, _validate(job, recipe.eval_size))
+            _keep(job, {"epoch": 0, "img_size": recipe.eval_size})
         accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": job.state.update + 1}})
         while not job.finished:
             _set_up_epoch(job)
             row = _train_epoch(job, on_progress)
             job.state.epoch += 1
-            _keep(job, row, _validate(job, row["img_size"]))
+            _keep(job, row)
             if on_progress and accelerator.is_main_process:
                 on_progress(job.progress(job.steps, row, epoch_done=True))
         accelerator.end_training()
-        if val_photos and accelerator.is_main_process:
-            _report(job)
-        accelerator.wait_for_everyone()
+        _finish(job)
         return Run(out, recipe, job.best, job.state.history)
 
 
@@ -190,6 +191,7 @@ class _Job:
     preprocessing: Preprocessing
     dataset: PhotoDataset
     val_photos: Photos | None
+    measured_on: str
     sampler: "EpochSampler"
     loader: DataLoader[Any]
     model: nn.Module
@@ -216,9 +218,9 @@ class _Job:
         return stop or self.state.epoch >= self.recipe.epochs
 
     @property
-    def best(self) -> Metrics | None:
-        path = self.out / "metrics.json"
-        return Metrics.from_dict(json.loads(path.read_text(encoding="utf-8"))) if self.val_photos else None
+    def best(self) -> Metrics:
+        """Metrics of the weights that are kept."""
+        return Metrics.from_dict(json.loads((self.out / "metrics.json").read_text(encoding="utf-8")))
 
     def progress(self, step: int, row: Mapping[str, Any], *, epoch_done: bool = False) -> Progress:
         return Progress(
@@ -242,7 +244,12 @@ class _Job:
 
 
 def _build(
-    recipe: Recipe, train_photos: Photos, val_photos: Photos | None, accelerator: Accelerator, out: Path
+    recipe: Recipe,
+    train_photos: Photos,
+    val_photos: Photos | None,
+    measured_on: str,
+    accelerator: Accelerator,
+    out: Path,
 ) -> _Job:
     set_seed(recipe.seed)
     squash = recipe.crop_mode == "squash"
@@ -272,15 +279,7 @@ def _build(
         drop_last=mixing,  # timm's Mixup pairs photos up
     )
     task = _create_task(recipe, model, train_photos.classes, mixing, accelerator.device)
-    optimizer = create_optimizer_v2(
-        task.trainable_module,
-        recipe.opt,
-        recipe.lr,
-        recipe.weight_decay,
-        recipe.momentum,
-        filter_bias_and_bn=not recipe.decay_all,
-        layer_decay=recipe.layer_decay or None,
-    )
+    optimizer = _create_optimizer(recipe, task.trainable_module)
     task.trainable_module, optimizer, loader = accelerator.prepare(task.trainable_module, optimizer, loader)
     scheduler, _ = create_scheduler_v2(
         optimizer.optimizer,
@@ -302,6 +301,7 @@ def _build(
         preprocessing,
         dataset,
         val_photos,
+        measured_on,
         sampler,
         loader,
         model,
@@ -325,6 +325,23 @@ def _create_model(recipe: Recipe, num_classes: int) -> Any:
     if files.architecture != recipe.arch:
         raise RunError(f"{start} is a {files.architecture}, the recipe wants a {recipe.arch}: set arch or start")
     return hub.load_model(files, num_classes=num_classes, **recipe.model_args)
+
+
+def _create_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+    try:
+        return create_optimizer_v2(
+            model,
+            recipe.opt,
+            recipe.lr,
+            recipe.weight_decay,
+            recipe.momentum,
+            filter_bias_and_bn=not recipe.decay_all,
+            layer_decay=recipe.layer_decay or None,
+        )
+    except (ValueError, TypeError) as error:
+        raise RecipeError(
+            f"timm can't make opt = {recipe.opt!r} with momentum = {recipe.momentum:g}: {error}"
+        ) from error
 
 
 def _create_task(recipe: Recipe, model: Any, classes: Sequence[str], mixing: bool, device: torch.device) -> Any:
@@ -504,21 +521,21 @@ def _run(
     return np.stack([output for _, output in outputs])
 
 
-def _validate(job: _Job, size: int) -> Metrics | None:
-    if not job.val_photos:
-        return None
+def _measure(job: _Job, photos: Photos, size: int) -> Metrics:
     preprocessing = replace(job.preprocessing, input_size=(3, size, size))
-    logits = _run(job, job.kept_model, job.val_photos, preprocessing)
+    logits = _run(job, job.kept_model, photos, preprocessing)
     parameters = sum(p.numel() for p in job.model.parameters())
-    return compute_metrics(logits, job.val_photos.targets, job.val_photos.classes, parameters)
+    metrics = compute_metrics(logits, photos.targets, photos.classes, parameters)
+    return replace(metrics, measured_on=job.measured_on)
 
 
 # Keeping --------------------------------------------------------------------------------------------------------------
 
 
-def _keep(job: _Job, row: dict[str, Any], metrics: Metrics | None) -> None:
-    """Log an epoch; save the weights if they are the best, and the whole state."""
+def _keep(job: _Job, row: dict[str, Any]) -> None:
+    """Measure an epoch's weights and log it; save them if they are the best, and the whole state."""
     state = job.state
+    metrics = _measure(job, job.val_photos, row["img_size"]) if job.val_photos else None
     if metrics:
         row |= {"val_top1": metrics.top1, "val_loss": metrics.loss, "val_macro_f1": metrics.macro_f1}
         job.accelerator.log({f"val/{k[4:]}": v for k, v in row.items() if k.startswith("val_")}, step=state.update)
@@ -536,25 +553,34 @@ def _keep(job: _Job, row: dict[str, Any], metrics: Metrics | None) -> None:
                 preprocessing=asdict(job.preprocessing),
             )
             if metrics:
-                write_text(job.out / "metrics.json", json.dumps(metrics.to_dict(), indent=2))
+                _write_metrics(job, metrics)
         write_text(job.out / "history.csv", _to_csv(state.history))
     _save_checkpoint(job)
 
 
-def _report(job: _Job) -> None:
-    """Measure the saved files as a user would and write `report.html`."""
-    assert job.val_photos and job.best
-    classifier = GarbageClassifier.from_pretrained(job.out)
-    logits = np.stack([np.asarray(item) for item in classifier.logits_stream(job.val_photos.paths)])
-    write_report(
-        job.out / "report.html",
-        title=job.out.name,
-        recipe=job.recipe,
-        metrics=job.best,
-        history=job.state.history,
-        photos=job.val_photos,
-        logits=logits,
-    )
+def _write_metrics(job: _Job, metrics: Metrics) -> None:
+    write_text(job.out / "metrics.json", json.dumps(metrics.to_dict(), indent=2))
+
+
+def _finish(job: _Job) -> None:
+    """Write `report.html` from the saved files, used as a user would; without validation photos, measure at least."""
+    if job.val_photos is None:
+        metrics = _measure(job, job.dataset.photos, job.recipe.eval_size)
+        if job.accelerator.is_main_process:
+            _write_metrics(job, metrics)
+    elif job.accelerator.is_main_process:
+        classifier = GarbageClassifier.from_pretrained(job.out)
+        logits = np.stack([np.asarray(item) for item in classifier.logits_stream(job.val_photos.paths)])
+        write_report(
+            job.out / "report.html",
+            title=job.out.name,
+            recipe=job.recipe,
+            metrics=job.best,
+            history=job.state.history,
+            photos=job.val_photos,
+            logits=logits,
+        )
+    job.accelerator.wait_for_everyone()
 
 
 def _save_checkpoint(job: _Job) -> None:

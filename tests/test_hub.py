@@ -15,9 +15,11 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from typer.testing import CliRunner
 
 import ghost_resnet  # noqa: F401  (registers the networks)
 from ghost_resnet import hub
+from ghost_resnet.cli import app
 from ghost_resnet.errors import ConfigError, IntegrityError, SourceError, WeightsError
 
 LABELS = ["cardboard", "glass", "metal", "paper", "plastic", "trash"]
@@ -71,9 +73,9 @@ def test_folder_says_how_photos_are_prepared_and_outputs_calibrated(model: nn.Mo
 
 
 def test_saving_names_the_tag_only_if_told(model: nn.Module, tmp_path: Path) -> None:
-    model.pretrained_cfg["tag"] = "report"  # what training started from
+    model.pretrained_cfg |= {"tag": "report", "description": "Photos."}  # what training started from
     hub.save_pretrained(model, tmp_path, labels=LABELS)
-    assert "tag" not in hub.resolve(tmp_path).config["pretrained_cfg"]
+    assert not {"tag", "description"} & hub.resolve(tmp_path).config["pretrained_cfg"].keys()
     hub.save_pretrained(model, tmp_path, labels=LABELS, tag="mine")
     assert hub.resolve(tmp_path).config["pretrained_cfg"]["tag"] == "mine"
 
@@ -207,7 +209,7 @@ def test_integrity_error_crosses_processes() -> None:
 def test_manifest_tells_the_truth_about_its_files(tag: str) -> None:
     entry = hub.manifest()[tag]
     assert tag.partition(".")[0] == entry.architecture
-    assert entry.metrics["list"] and entry.metrics["top1"] > 0 and entry.license and entry.origin and entry.date
+    assert entry.metrics["measured_on"] and entry.metrics["top1"] > 0 and entry.license and entry.origin and entry.date
     assert entry.embedded.is_file() or (entry.hf_hub_id and entry.revision)
     if entry.embedded.is_file():
         data = entry.embedded.read_bytes()
@@ -236,8 +238,12 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
             hub.embed(
                 run,
                 tag,
-                metrics={"top1": 0.5, "top1_interval": [0.4, 0.6], "confusion": [[1, 2]]},
-                measured_on="test.txt",
+                metrics={
+                    "measured_on": "test.txt",
+                    "top1": 0.5,
+                    "top1_interval": [0.4, 0.6],
+                    "confusion": [[1, 2]],
+                },
                 origin="random numbers",
                 made="2026-01-02",
             )
@@ -279,7 +285,7 @@ def test_embedding_writes_half_precision_and_the_whole_entry(weights: Path, monk
             "std": [0.2673, 0.2564, 0.2762],
         },
         "temperature": 2.0,
-        "metrics": {"list": "test.txt", "top1": 0.5, "top1_interval": [0.4, 0.6]},
+        "metrics": {"measured_on": "test.txt", "top1": 0.5, "top1_interval": [0.4, 0.6]},
         "license": "apache-2.0",
         "origin": "random numbers",
         "date": "2026-01-02",
@@ -295,8 +301,52 @@ def test_tag_or_its_architecture_resolves_to_the_embedded_file(weights: Path, mo
     assert hub.default_tag() == "ghost_resnet50_s4.trashnet"
 
 
+def test_changed_head_of_a_tag_is_said_once(
+    weights: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(hub, "WEIGHTS", weights)
+    assert hub.load_model("ghost_resnet50_s4.trashnet", num_classes=3).num_classes == 3
+    assert caplog.text.count("its head is left out") == 1
+
+
+def test_path_is_never_taken_for_a_tag(weights: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "WEIGHTS", weights)
+    monkeypatch.chdir(run.parent)
+    run.rename("ghost_resnet50_s4")
+    assert hub.resolve(Path("ghost_resnet50_s4")).weights == Path("ghost_resnet50_s4/model.safetensors")
+    assert hub.resolve("ghost_resnet50_s4").weights.parent == weights
+
+
+def test_commands_list_verify_and_download(own_weights: Path) -> None:
+    def command(*arguments: str) -> tuple[int, str, str]:
+        done = CliRunner().invoke(app, ["hub", *arguments])
+        return done.exit_code, done.stdout, done.stderr
+
+    good, bad = (own_weights / f"{tag}.safetensors" for tag in hub.manifest())
+    assert command("download", "ghost_resnet50_s4.trashnet") == (0, f"{good}\n", "")
+    assert command("verify")[0] == 0
+    bad.write_bytes(bad.read_bytes()[:-1])
+    code, out, err = command("verify")
+    assert code == 1 and out == f"ghost_resnet50_s4.trashnet: good ({good})\n" and f"{bad} is not what it" in err
+    code, out, _ = command("list")
+    assert code == 0 and [line.split()[0] for line in out.splitlines()] == list(hub.manifest())
+    assert out.splitlines()[0].endswith(str(good)) and out.splitlines()[1].endswith("not here")
+    assert command("download", "ghost_resnet50_cifar.report")[0] == 2
+
+
+def test_command_embeds_a_run(own_weights: Path, tmp_path: Path) -> None:
+    run = hub.save_pretrained(timm.create_model("ghost_resnet50_s4", num_classes=6), tmp_path / "run", labels=LABELS)
+    (run / "metrics.json").write_text('{"measured_on": "val.txt", "top1": 0.25, "per_class": {"glass": {"f1": 1}}}')
+    command = ["hub", "embed", str(run), "ghost_resnet50_s4.new", "--origin", "A test."]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.stderr
+    entry = hub.manifest()["ghost_resnet50_s4.new"]
+    assert entry.metrics == {"measured_on": "val.txt", "top1": 0.25} and entry.sha256 in done.stdout
+    assert hub.resolve("ghost_resnet50_s4.new").weights == entry.embedded
+
+
 def test_embedding_refuses_what_a_tag_could_not_say(run: Path, own_weights: Path) -> None:
-    about = {"metrics": {}, "measured_on": "test.txt", "origin": "a test"}
+    about = {"metrics": {}, "origin": "a test"}
     with pytest.raises(ConfigError, match=r"expected a tag ghost_resnet50_s4\.NAME"):
         hub.embed(run, "ghost_resnet50.mine", **about)
     with pytest.raises(ConfigError, match=r"default arguments, got \['layers'\]"):

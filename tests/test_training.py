@@ -83,7 +83,7 @@ def test_a_run_folder_holds_what_is_promised_and_opens_in_timm_and_here(photos: 
         "report.html",
         "tensorboard",
     }
-    assert run.metrics is not None and run.metrics.photos == 8
+    assert run.metrics.photos == 8 and run.metrics.measured_on == "8 photos that were held out"
     assert [row["epoch"] for row in history(run.folder)] == ["1", "2"]
     assert [event.val_top1 is not None for event in events] == [event.epoch_done for event in events]
     assert sum(event.epoch_done for event in events) == 2 and len(events) == 2 * (events[0].steps + 1)
@@ -102,7 +102,6 @@ def test_training_learns_and_the_kept_metrics_are_those_of_the_saved_weights(pho
     recipe = replace(TINY, epochs=8, crop_scale=(0.8, 1.0), hflip=0.5)
     (tmp_path / "val.txt").write_text("".join(f"{c}/{i:02}.png\n" for c in ("lying", "standing") for i in range(14)))
     run = finetune(photos, tmp_path / "run", recipe, val=tmp_path / "val.txt")
-    assert run.metrics is not None
     assert run.metrics.top1 == max(row["val_top1"] for row in run.history) >= 0.8
     measured = evaluate(run.folder, photos)
     assert measured.top1 == run.metrics.top1
@@ -112,6 +111,7 @@ def test_training_learns_and_the_kept_metrics_are_those_of_the_saved_weights(pho
 def test_a_run_repeats_exactly_from_its_saved_recipe(photos: Path, tmp_path: Path) -> None:
     recipe = replace(TINY, auto_augment="rand-m5", random_erasing=0.3, color_jitter=0.2, ema_decay=0.9)
     first = finetune(photos, tmp_path / "first", recipe)
+    assert first.metrics.measured_on == "the training photos" and first.metrics.photos == 28
     finetune(photos, tmp_path / "second", first.folder / "recipe.toml")
     assert_same_weights(tmp_path / "first", tmp_path / "second")
     finetune(photos, tmp_path / "other", first.folder / "recipe.toml", overrides={"seed": 1})
@@ -178,7 +178,7 @@ def test_the_best_epoch_is_kept_and_patience_ends_the_run(
     monkeypatch.setattr(training, "compute_metrics", lambda *args: replace(compute(*args), top1=next(accuracies)))
     run = finetune(photos, tmp_path / "run", replace(TINY, epochs=9, val_fraction=0.25, patience=2))
     assert [row["val_top1"] for row in run.history] == [0.5, 0.75, 0.25, 0.5]
-    assert run.metrics is not None and run.metrics.top1 == 0.75
+    assert run.metrics.top1 == 0.75
 
 
 def test_the_last_epochs_train_at_the_final_size(photos: Path, tmp_path: Path) -> None:
@@ -288,6 +288,8 @@ def test_nothing_is_written_when_the_photos_or_the_recipe_are_wrong(photos: Path
         finetune(tmp_path / "nowhere", tmp_path / "run", TINY)
     with pytest.raises(RecipeError):
         finetune(photos, tmp_path / "run", TINY, overrides={"learning_rate": 1})
+    with pytest.raises(RecipeError, match="opt = 'sgdd'"):
+        training._create_optimizer(replace(TINY, opt="sgdd"), timm.create_model("resnet18"))
     assert not (tmp_path / "run").exists()
 
 
@@ -305,7 +307,17 @@ def test_balanced_sampling_draws_classes_alike_and_plain_sampling_every_photo_on
 def test_the_report_recipe_is_the_reports_training_to_the_letter() -> None:
     recipe = training.load_recipe("report")
     assert (recipe.arch, recipe.head_classes, recipe.start) == ("ghost_resnet50_cifar", 100, "")
-    assert (recipe.opt, recipe.lr, recipe.weight_decay, recipe.batch_size, recipe.epochs) == ("sgd", 0.1, 5e-4, 4, 10)
+    assert (recipe.opt, recipe.lr, recipe.weight_decay, recipe.batch_size, recipe.epochs) == (
+        "momentum",
+        0.1,
+        5e-4,
+        4,
+        10,
+    )
+    optimizer = training._create_optimizer(recipe, timm.create_model("resnet18"))
+    assert type(optimizer) is torch.optim.SGD and len(optimizer.param_groups) == 1
+    expected = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4, "nesterov": False, "dampening": 0.0}
+    assert expected.items() <= optimizer.param_groups[0].items()
     transform: Any = training.train_transform(recipe, 32, (0.5,) * 3, (0.5,) * 3)
     steps = [type(step).__name__ for step in transform.transforms if type(step).__name__ != "RandomVerticalFlip"]
     assert steps == ["RandomCrop", "RandomHorizontalFlip", "RandomRotation", "ToTensor", "Normalize"]

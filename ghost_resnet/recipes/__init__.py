@@ -62,7 +62,7 @@ class Recipe:
         patience: Stop after so many epochs without a better validation accuracy; 0 never does.
         batch_size: Photos a step, over all processes.
         accumulate: Steps of gradients that are summed before the weights change.
-        opt: timm's name of the optimizer.
+        opt: timm's name of the optimizer; "sgd" is with Nesterov's momentum, "momentum" without.
         lr: Peak learning rate.
         momentum: Of SGD, or beta1.
         weight_decay: L2 penalty.
