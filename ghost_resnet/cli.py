@@ -148,7 +148,7 @@ def finetune(
     out: Annotated[Path, typer.Option(help="Run folder to make.")],
     splits: Splits = None,
     val: Annotated[Path | None, typer.Option(help="Split file with the validation photos.")] = None,
-    recipe: Annotated[str, typer.Option(help="Name of a recipe, or a TOML file.")] = "report",
+    recipe: Annotated[str, typer.Option(help="Name of a recipe, or a TOML file.")] = "default",
     changes: Annotated[
         list[str] | None, typer.Option("--set", help="key=value to change in the recipe; may be repeated.")
     ] = None,

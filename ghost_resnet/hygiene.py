@@ -4,6 +4,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 
 import imagehash
@@ -32,15 +33,8 @@ def perceptual_hashes(paths: Sequence[Path]) -> npt.NDArray[np.uint64]:
         DataError: Some photos can't be read; all of them are named.
     """
 
-    def hash_one(path: Path) -> np.uint64 | UnreadableImageError:
-        try:
-            bits = imagehash.phash(read_image(path, min_side=64)).hash
-            return np.packbits(bits.ravel()).view(np.uint64)[0]
-        except UnreadableImageError as error:
-            return error
-
     with ThreadPoolExecutor() as pool:
-        hashes = list(pool.map(hash_one, paths))
+        hashes = list(pool.map(_hash_file, paths, [path.stat().st_mtime_ns for path in paths]))
     if errors := [item for item in hashes if isinstance(item, UnreadableImageError)]:
         raise DataError(
             f"{len(errors)} of {len(paths)} photos can't be read; repair or remove them:\n"
@@ -49,15 +43,23 @@ def perceptual_hashes(paths: Sequence[Path]) -> npt.NDArray[np.uint64]:
     return np.array(hashes, np.uint64)
 
 
+@lru_cache(2**17)  # splitting and looking for problems hash the same photos
+def _hash_file(path: Path, changed: int) -> np.uint64 | UnreadableImageError:
+    try:
+        bits = imagehash.phash(read_image(path, min_side=64)).hash
+        return np.packbits(bits.ravel()).view(np.uint64)[0]
+    except UnreadableImageError as error:
+        return error
+
+
 def near_duplicates(
     hashes: npt.NDArray[np.uint64], others: npt.NDArray[np.uint64], distance: int = NEAR
 ) -> npt.NDArray[np.intp]:
     """Index pairs `(n, 2)` of photos whose hashes differ in at most `distance` bits."""
-    pairs = []
-    for start in range(0, len(hashes), 1024):
-        block = hashes[start : start + 1024, None] ^ others[None, :]
-        bits = np.unpackbits(block.view(np.uint8).reshape(*block.shape, 8), axis=2).sum(2, dtype=np.uint8)
-        found = np.argwhere(bits <= distance)
+    pairs, rows = [], max(1, 2**24 // len(others))  # 128 MB at a time
+    for start in range(0, len(hashes), rows):
+        different = np.bitwise_count(hashes[start : start + rows, None] ^ others[None, :])
+        found = np.argwhere(different <= distance)
         found[:, 0] += start
         pairs.append(found)
     return np.concatenate(pairs)

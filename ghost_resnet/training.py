@@ -82,7 +82,7 @@ class Run:
 def finetune(
     data: str | Path,
     out: str | Path,
-    recipe: str | Path | Recipe = "report",
+    recipe: str | Path | Recipe = "default",
     *,
     splits: Sequence[str | Path] = (),
     val: str | Path | None = None,
@@ -318,7 +318,10 @@ def _create_model(recipe: Recipe, num_classes: int) -> Any:
     start = recipe.start
     if start == "auto":
         start = next((tag for tag, entry in hub.manifest().items() if entry.architecture == recipe.arch), "")
-        logger.info("starting from %s", start or "scratch: the package has no weights of this network")
+        if start:
+            logger.info("starting from %s", start)
+        else:
+            logger.warning("starting from scratch, since the package has no weights of %s: expect less", recipe.arch)
     if not start:
         return timm.create_model(recipe.arch, num_classes=num_classes, **recipe.model_args)
     files = hub.resolve(start)
