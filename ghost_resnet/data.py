@@ -131,6 +131,8 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
 class Preprocessing:
     """What is done to an RGB photo before a network sees it, exactly as timm's evaluation transform does it.
 
+    The one exception is that of a photo longer than `MAX_ASPECT` allows only the middle is resized.
+
     Attributes:
         input_size: Channels (1 or 3), height, width of the network's input, which is square.
         interpolation: "nearest", "bilinear" or "bicubic".

@@ -172,6 +172,11 @@ def test_a_pil_image_of_any_mode_is_read_and_left_as_it_was(mode: str) -> None:
     assert read is not image
 
 
+def test_a_jpeg_that_the_caller_has_open_stays_whole() -> None:
+    with Image.open(io.BytesIO(encode(draw(800, 600), "JPEG"))) as image:
+        assert read_image(image, min_side=50).size == image.size == (800, 600)
+
+
 def test_the_result_is_a_copy_of_an_rgb_image_given() -> None:
     image = draw()
     read_image(image).putpixel((0, 0), (1, 2, 3))
