@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -171,7 +172,8 @@ def finetune(
                 resume=resume,
                 on_progress=_Reporter(bar),
             )
-    typer.echo(f"on {result.metrics.measured_on}:\n{result.metrics.report()}\n{result.folder}")
+    if os.environ.get("RANK", "0") == "0":  # else a launcher started several processes, and another one says it
+        typer.echo(f"on {result.metrics.measured_on}:\n{result.metrics.report()}\n{result.folder}")
 
 
 hub_app = typer.Typer(help="Weights: list, download, verify, push, convert.", no_args_is_help=True)

@@ -133,9 +133,9 @@ def finetune(
     with _explained(out, recipe):
         if accelerator.is_main_process:
             _prepare_folder(out, recipe, resume)
+            for problem in find_problems(train_photos, val_photos):
+                logger.warning(problem)
         accelerator.wait_for_everyone()
-        for problem in find_problems(train_photos, val_photos):
-            logger.warning(problem)
         job = _build(recipe, train_photos, val_photos, measured_on, accelerator, out)
         if resume:
             job.resume()
@@ -150,8 +150,8 @@ def finetune(
             _keep(job, row)
             if on_progress and accelerator.is_main_process:
                 on_progress(job.progress(job.steps, row, epoch_done=True))
-        accelerator.end_training()
         _finish(job)
+        accelerator.end_training()
         return Run(out, recipe, job.best, job.state.history)
 
 
