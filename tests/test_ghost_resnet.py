@@ -588,7 +588,7 @@ def test_torchscript_and_export_at_full_depth(name: str) -> None:
 
 @torch.no_grad()
 @pytest.mark.slow
-@each_fifty
+@pytest.mark.parametrize("name", ["ghost_resnet50", "ghost_resnet50_s4"])  # one of each family
 def test_compile_gives_the_same_outputs(name: str) -> None:
     torch._dynamo.reset()
     model = create(name, **SHALLOW)
