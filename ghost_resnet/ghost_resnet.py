@@ -244,12 +244,11 @@ def _refuse_unknown(what: str, given: Iterable[str], known: Iterable[str]) -> No
 
 
 def _create_ghost_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> GhostResNet:
-    if pretrained:
-        overlay = kwargs.get("pretrained_cfg_overlay")
+    overlay = kwargs.get("pretrained_cfg_overlay") or {}
+    if pretrained and not overlay.get("file"):  # a file that the caller names is left to timm
         cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), overlay)
-        verified = hub.pretrained_overlay(variant, cfg, **{"cache_dir": None, **kwargs})
-        kwargs["pretrained_cfg_overlay"] = {**(overlay or {}), **verified}
-    elif not kwargs.get("pretrained_cfg"):
+        kwargs["pretrained_cfg_overlay"] = {**overlay, **hub.pretrained_overlay(variant, cfg, **kwargs)}
+    elif not pretrained and not kwargs.get("pretrained_cfg"):
         # an untrained network has the classes that its name promises, not those of its first weights
         kwargs["pretrained_cfg"] = default_cfgs[variant].cfgs[""]
     return build_model_with_cfg(GhostResNet, variant, pretrained, **kwargs)

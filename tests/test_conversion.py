@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from typer.testing import CliRunner
 
 from ghost_resnet import hub
+from ghost_resnet.cli import app
 from ghost_resnet.conversion import convert
 from ghost_resnet.errors import GhostResNetError, WeightsError
 
@@ -183,3 +185,12 @@ def test_more_labels_than_outputs_are_refused(report: ResNet, tmp_path: Path) ->
     torch.save(report.state_dict(), tmp_path / "report.pth")
     with pytest.raises(GhostResNetError, match="at most num_classes=100 label names"):
         convert(tmp_path / "report.pth", tmp_path / "out", labels=[str(i) for i in range(101)])
+
+
+def test_command_converts(report: ResNet, tmp_path: Path) -> None:
+    torch.save(report.state_dict(), tmp_path / "report.pth")
+    command = ["hub", "convert", str(tmp_path / "report.pth"), "--out", str(tmp_path / "out"), "--labels"]
+    done = CliRunner().invoke(app, [*command, ",".join(LABELS)])
+    assert done.exit_code == 0 and hub.resolve(tmp_path / "out").labels == tuple(LABELS)
+    (tmp_path / "report.pth").write_bytes(b"hello")
+    assert CliRunner().invoke(app, [*command, "a"]).exit_code == 2
