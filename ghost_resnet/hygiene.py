@@ -91,7 +91,7 @@ def split_photos(photos: Photos, val_fraction: float, seed: int = 0) -> tuple[Ph
     chosen: set[int] = set()
     for group in members.values():
         counts = np.bincount([photos.targets[i] for i in group], minlength=len(photos.classes))
-        present = np.flatnonzero(counts)
+        present = np.flatnonzero(counts).tolist()
         if all(taken[c] + counts[c] <= wanted[c] for c in present):
             chosen.update(group)
             for c in present:

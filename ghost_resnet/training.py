@@ -194,8 +194,8 @@ class _Job:
     measured_on: str
     sampler: "EpochSampler"
     loader: DataLoader[Any]
-    model: nn.Module
-    task: nn.Module
+    model: Any  # timm's networks have no types
+    task: Any
     ema: ModelEmaV3 | None
     mixup: Mixup | None
     optimizer: Any
@@ -203,7 +203,7 @@ class _Job:
     state: _State
 
     @property
-    def kept_model(self) -> nn.Module:
+    def kept_model(self) -> Any:
         """The network that is measured and saved."""
         return self.ema.module if self.ema else self.model
 
@@ -264,7 +264,7 @@ def _build(
     model.pretrained_cfg = {**model.pretrained_cfg, "mean": mean, "std": std}
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    model.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.to(accelerator.device, memory_format=torch.channels_last)
     ema = ModelEmaV3(model, recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
 
     mixing = bool(recipe.mixup or recipe.cutmix)
