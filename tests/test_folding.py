@@ -153,9 +153,7 @@ class Awkward(nn.Module):
         self.twice_norm = nn.BatchNorm2d(4)
         self.branching = nn.Conv2d(4, 4, 1)
         self.branching_norm = nn.BatchNorm2d(4)
-        self.batch_statistics = nn.Sequential(
-            nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4, track_running_stats=False)
-        )
+        self.batch_statistics = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4, track_running_stats=False))
         self.norm_act = nn.Sequential(nn.Conv2d(4, 4, 1), timm.layers.BatchNormAct2d(4))
         self.conv_alias, self.norm_alias = self.conv, self.norm
 

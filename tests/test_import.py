@@ -11,19 +11,12 @@ import ghost_resnet
 
 ROOT = Path(ghost_resnet.__file__).parent
 STUB = ast.parse((ROOT / "__init__.pyi").read_text(encoding="utf-8"))
-NAMES = [
-    alias.asname or alias.name
-    for node in STUB.body
-    if isinstance(node, ast.ImportFrom)
-    for alias in node.names
-]
+NAMES = [alias.asname or alias.name for node in STUB.body if isinstance(node, ast.ImportFrom) for alias in node.names]
 
 
 def run(code: str) -> str:
     """What a fresh interpreter prints."""
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
