@@ -83,6 +83,11 @@ def test_a_perfectly_calibrated_classifier_has_no_calibration_error() -> None:
     assert compute_metrics(logits, [0, 0, 0, 1], ["a", "b"], 0).ece == pytest.approx(0, abs=1e-6)
 
 
+def test_outputs_between_0_and_1_are_not_taken_for_probabilities() -> None:
+    metrics = compute_metrics(np.array([[1.0, 0.0]] * 4), [0] * 4, ["a", "b"], 0)
+    assert metrics.ece == pytest.approx(1 - np.e / (1 + np.e), abs=1e-6)
+
+
 @pytest.mark.parametrize(("right", "photos"), [(180, 200), (50, 100), (3, 4)])
 def test_the_interval_is_that_of_a_binomial_share_and_the_same_each_time(right: int, photos: int) -> None:
     logits = outputs_for([0] * right + [1] * (photos - right), 2)
