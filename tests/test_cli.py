@@ -238,6 +238,19 @@ assert not {{"torch", "timm", "torchvision"}} & sys.modules.keys()
     assert done.stdout.count("Usage:") == 4 and not done.stderr
 
 
+@pytest.mark.parametrize("kind", ["text", "csv"])
+def test_a_reader_that_has_had_enough_ends_the_command_quietly(kind: str, run_folder: Path, tmp_path: Path) -> None:
+    draw().save(tmp_path / "1.png")
+    (tmp_path / "notes.txt").touch()
+    command = [*COMMAND, "predict", "--model", str(run_folder), "--format", kind, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        left_out = f"WARNING: 1 in {tmp_path} left out that are no photos, {tmp_path}/notes.txt first\n"
+        assert process.stderr.read() == left_out
+        assert process.wait(60) == 1
+
+
 @pytest.fixture
 def many(tmp_path: Path) -> Path:
     """So many photos that their answers overflow a pipe that nobody empties."""
@@ -246,18 +259,7 @@ def many(tmp_path: Path) -> Path:
     draw(32, 32).save(folder / "0.png")
     for number in range(1, 1500):
         (folder / f"{number}.png").symlink_to("0.png")
-    (folder / "notes.txt").touch()
     return folder
-
-
-def test_a_reader_that_has_had_enough_ends_the_command_quietly(run_folder: Path, many: Path) -> None:
-    command = [*COMMAND, "predict", "--model", str(run_folder), "--format", "csv", str(many)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout and process.stderr
-        assert process.stdout.readline()
-        process.stdout.close()
-        assert process.stderr.read() == f"WARNING: 1 in {many} left out that are no photos, {many}/notes.txt first\n"
-        assert process.wait(60) == 1
 
 
 def test_control_c_exits_130_without_a_traceback(run_folder: Path, many: Path) -> None:
