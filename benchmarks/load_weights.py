@@ -48,10 +48,13 @@ def main() -> None:
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             times[how].append(load(tag, how))
     print(f"{tag}, {path.stat().st_size / 1e6:.1f} MB, {'cold' if options.cold else 'warm'}, {options.rounds} rounds")
-    for unit, name in enumerate(("clock", "processor")):
-        without, with_check = (statistics.median(row[unit] for row in times[how]) for how in times)
-        ratio = f"ratio {with_check / without:.3f} (1.15 allowed)"
-        print(f"{name:9}  without {without:.3f} s  with {with_check:.3f} s  {ratio}")
+    for name, unit, pick in (
+        ("clock, median", 0, statistics.median),
+        ("clock, best", 0, min),
+        ("processor, median", 1, statistics.median),
+    ):
+        without, checked = (pick(row[unit] for row in times[how]) for how in times)
+        print(f"{name:17}  without {without:.3f} s  with {checked:.3f} s  ratio {checked / without:.3f} (1.15 allowed)")
 
 
 if __name__ == "__main__":

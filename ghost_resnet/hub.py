@@ -533,7 +533,6 @@ def _network(files: ModelFiles) -> tuple[dict[str, Any], dict[str, Any]]:
         "num_classes": files.num_classes,
         "label_names": files.labels,
         **dict.fromkeys(("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source")),
-        "custom_load": False,
     }
     args = {**files.config.get("model_args", {}), "num_classes": files.num_classes}
     factory = {*signature(timm.create_model).parameters, *signature(build_model_with_cfg).parameters}
@@ -822,7 +821,8 @@ def embed(
         The new entry.
 
     Raises:
-        ConfigError: `tag` is not of the model's architecture, or the network is not the default one.
+        ConfigError: `tag` is not of the model's architecture, the network is not the default one, or the metrics
+            don't say what they were measured on.
         GhostResNetError: What `load_model` and `save_pretrained` raise.
     """
     import torch
@@ -834,6 +834,8 @@ def embed(
     harmless = {"num_classes", "in_chans", "global_pool", "zero_init_last"}  # the last is about training's start
     if extra := args.keys() - harmless:
         raise ConfigError(f"expected the network's default arguments, got {sorted(extra)}")
+    if not metrics.get("measured_on"):
+        raise ConfigError(f"expected the list of photos under 'measured_on' in the metrics, got {sorted(metrics)}")
     model = load_model(files)
     preprocessing = {name: cfg[name] for name in _PREPROCESSING if cfg.get(name) is not None}
     figures = {

@@ -351,6 +351,9 @@ def test_embedding_refuses_what_a_tag_could_not_say(run: Path, own_weights: Path
         hub.embed(run, "ghost_resnet50.mine", **about)
     with pytest.raises(ConfigError, match=r"default arguments, got \['layers'\]"):
         hub.embed(run, "ghost_resnet50_s4.mine", **about)
+    hub.save_pretrained(timm.create_model("ghost_resnet50_s4", num_classes=6), run, labels=LABELS)
+    with pytest.raises(ConfigError, match="under 'measured_on'"):
+        hub.embed(run, "ghost_resnet50_s4.mine", **about)
 
 
 def test_damaged_embedded_file_is_moved_aside_through_timm_too(own_weights: Path) -> None:
