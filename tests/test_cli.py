@@ -243,7 +243,8 @@ def test_a_reader_that_has_had_enough_ends_the_command_quietly(kind: str, run_fo
     draw().save(tmp_path / "1.png")
     (tmp_path / "notes.txt").touch()
     command = [*COMMAND, "predict", "--model", str(run_folder), "--format", kind, str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=buffered) as process:
         assert process.stdout and process.stderr
         process.stdout.close()
         left_out = f"WARNING: 1 in {tmp_path} left out that are no photos, {tmp_path}/notes.txt first\n"
