@@ -124,3 +124,22 @@ def test_a_change_on_the_command_line_has_the_type_it_looks_like(text: str, expe
 def test_a_change_without_a_value_is_refused() -> None:
     with pytest.raises(RecipeError, match="expected key=value, got 'lr'"):
         parse_override("lr")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"lr": float("nan")},
+        {"lr": -0.1},
+        {"hflip": 1.5},
+        {"crop_pct": 1.2},
+        {"crop_scale": (0.9, 0.5)},
+        {"crop_scale": (0.5,)},
+        {"interpolation": "lanczos"},
+        {"epochs": 0},
+        {"batch_size": 0},
+    ],
+)
+def test_a_value_that_can_not_work_is_refused_by_name(change: dict[str, object]) -> None:
+    with pytest.raises(RecipeError, match=next(iter(change))):
+        Recipe().replace(change)

@@ -1,6 +1,7 @@
 """Training recipes: what a training run does, as one small readable file each."""
 
 import dataclasses
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -37,7 +38,7 @@ class Recipe:
         final_epochs: See `final_img_size`.
         crop_mode: How photos come to their size: "center" keeps the aspect ratio, "squash" gives it up.
         crop_pct: Share of the photo's side that validation and prediction keep, in (0, 1].
-        interpolation: "bilinear" or "bicubic".
+        interpolation: "nearest", "bilinear" or "bicubic".
         normalize: "imagenet" mean and std, or those of the training photos: "data".
         cache_side: Keep decoded photos in memory with this shorter side; 0 decodes at each access.
 
@@ -172,14 +173,23 @@ class Recipe:
             "crop": ("resized", "padded"),
             "crop_mode": ("center", "squash"),
             "normalize": ("imagenet", "data"),
+            "interpolation": ("nearest", "bilinear", "bicubic"),
             "precision": ("auto", "fp32", "bf16", "fp16"),
         }
         for name, choices in allowed.items():
             if getattr(self, name) not in choices:
                 raise RecipeError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
-        for name, least in {"epochs": 0, "batch_size": 1, "accumulate": 1, "img_size": 8}.items():
+        for name, least in {"epochs": 0, "batch_size": 1, "accumulate": 1, "img_size": 8, "workers": 0}.items():
             if getattr(self, name) < least:
                 raise RecipeError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        shares = ("crop_pct", "hflip", "vflip", "random_erasing", "label_smoothing", "ema_decay", "teacher_weight")
+        for name in (*shares, "val_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise RecipeError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
+        if not 0 < self.lr < math.inf:
+            raise RecipeError(f"lr must be above 0 and finite, got {self.lr}")
+        if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise RecipeError(f"crop_scale must be two shares, the smaller first, got {self.crop_scale}")
         if self.epochs == 0 and not self.fit_head:
             raise RecipeError("epochs = 0 trains nothing: set fit_head = true, or more epochs")
 
@@ -218,7 +228,7 @@ def load_recipe(source: str | Path | Recipe) -> Recipe:
         raise RecipeError(f"no recipe {str(source)!r}: expected one of {', '.join(names())}, or a TOML file")
     try:
         return Recipe().replace(tomllib.loads(path.read_text(encoding="utf-8")))
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is no valid TOML: {error}") from error
     except RecipeError as error:
         raise RecipeError(f"{path}: {error}") from error
