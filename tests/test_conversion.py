@@ -128,6 +128,7 @@ class Payload:
         return Path.touch, (Path("code-was-run"),)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("kind", ["pickle", "torch", "empty", "text"])
 def test_checkpoint_of_more_than_tensors_is_refused_and_not_run(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
