@@ -13,9 +13,11 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    temporary.touch(exist_ok=False)  # with the permissions of any new file, unlike tempfile's
+    temporary.touch(exist_ok=False)
+    permissions = temporary.stat().st_mode  # those of any new file, unlike what tempfile or safetensors give
     try:
         yield temporary
+        temporary.chmod(permissions)
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.replace(path)

@@ -81,3 +81,11 @@ def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(tmp_path: Pa
     assert len(names(tmp_path)) == 7
     remove_leftovers(tmp_path)
     assert set(names(tmp_path)) == kept
+
+
+def test_a_file_has_the_permissions_of_any_new_file_even_if_its_writer_replaced_it(tmp_path: Path) -> None:
+    (tmp_path / "usual").touch()
+    with atomic_path(tmp_path / "file") as temporary:
+        temporary.unlink()
+        temporary.touch(0o600)
+    assert (tmp_path / "file").stat().st_mode == (tmp_path / "usual").stat().st_mode
