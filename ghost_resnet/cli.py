@@ -281,6 +281,27 @@ def hub_embed(
     typer.echo(f"{entry.embedded}  {entry.size / 1e6:.1f} MB  {entry.sha256}")
 
 
+@app.command()
+def surgery(
+    resnet: Annotated[
+        str, typer.Argument(help="A trained ResNet: a name of timm's, such as resnet50, a run folder or a file.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to make.")],
+    arch: Annotated[str, typer.Option(help="Ghost-ResNet to make, of the same depth.")] = "ghost_resnet50",
+    photos: Annotated[
+        Path | None, typer.Option(help="Photos to measure and distil with, without labels; none: weights alone.")
+    ] = None,
+    block_epochs: Annotated[int, typer.Option(help="Passes over the photos, block by block.")] = 4,
+    logit_epochs: Annotated[int, typer.Option(help="Passes over the photos, end to end.")] = 2,
+) -> None:
+    """Turn a trained ResNet into a Ghost-ResNet that computes nearly the same."""
+    from .surgery import convert
+
+    with _errors_as_exit_2():
+        folder = convert(resnet, out, arch=arch, photos=photos, block_epochs=block_epochs, logit_epochs=logit_epochs)
+        typer.echo(folder)
+
+
 class _Reporter:
     """Shows a training run as a bar on a terminal, as one line an epoch elsewhere."""
 

@@ -11,8 +11,10 @@ import torchvision
 from PIL import Image
 from timm.layers import BlurPool2d
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 import ghost_resnet
+from ghost_resnet.cli import app
 from ghost_resnet.data import Preprocessing
 from ghost_resnet.distillation import distill, photo_batches
 from ghost_resnet.errors import DataError, GhostResNetError, SurgeryError
@@ -383,6 +385,17 @@ def test_a_folder_becomes_a_folder_that_timm_opens(with_photos: bool, photos: Pa
     assert student.pretrained_cfg["label_names"] == ["cat", "dog"]
     assert Preprocessing.from_config(student.pretrained_cfg) == preprocessing
     assert error(student, teacher, draw(4, seed=4, side=32)) < 0.05
+
+
+def test_the_command_line_operates_and_says_where_the_network_is(tmp_path: Path) -> None:
+    save_pretrained(resnet(num_classes=2), tmp_path / "teacher", labels=["cat", "dog"])
+    command = ["surgery", str(tmp_path / "teacher"), "--out", str(tmp_path / "ghost")]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.stderr
+    assert done.stdout == f"{tmp_path / 'ghost'}\n"
+    assert (tmp_path / "ghost" / "model.safetensors").is_file()
+    refused = CliRunner().invoke(app, [*command, "--arch", "ghost_resnet50_s2"])
+    assert refused.exit_code == 2 and "ghost_resnet50_s2" in refused.stderr
 
 
 def test_an_empty_folder_of_photos_is_refused(tmp_path: Path) -> None:
