@@ -1,6 +1,7 @@
 """The face of inference: photos in, labels and scores out. Does not import torch."""
 
 import itertools
+import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +17,8 @@ from . import hub
 from .data import ImageSource, Preprocessing
 from .errors import ConfigError, UnreadableImageError
 from .runtimes import Runtime
+
+logger = logging.getLogger(__name__)
 
 BATCH_SIZE = 16
 
@@ -91,7 +94,10 @@ class GarbageClassifier:
         """
         from .runtimes.torch import TorchRuntime
 
-        files = hub.resolve(source if source is not None else hub.default_tag())
+        files = hub.resolve(hub.default_tag() if source is None else source)
+        if source is None:
+            about = files.config["pretrained_cfg"].get("description", "")
+            logger.warning("no model named, so taking %s. %s", files.source, about)
         return cls(
             TorchRuntime(files, device),
             files.labels,

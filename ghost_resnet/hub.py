@@ -218,7 +218,7 @@ def _tag(name: str) -> str | None:
 
 def _resolve_tag(tag: str, cache_dir: str | Path | None) -> ModelFiles:
     entry = manifest()[tag]
-    repair = "pip install --force-reinstall --no-deps ghost-resnet"
+    repair = "pip install --force-reinstall --no-deps WHERE_GHOST_RESNET_CAME_FROM"
     if entry.hf_hub_id:
         repair = f"ghost-resnet hub download {tag}"
     path = local_file(tag, cache_dir=cache_dir)
@@ -281,7 +281,7 @@ def _resolve_local(source: str) -> ModelFiles:
     if path.suffix in _PICKLES:
         raise SourceError(
             f"expected a .safetensors file, got {path}, which may hold a pickle; weights of the report's own "
-            f"code are converted by `ghost-resnet hub convert {path} --out FOLDER`"
+            f"code are converted by `ghost-resnet hub convert {path} --out FOLDER --labels A,B,...`"
         )
     if path.suffix not in _SUFFIXES:
         raise SourceError(f"expected a file that ends with one of {', '.join(_SUFFIXES)}, got {path}")
@@ -566,7 +566,9 @@ def _check_fit(files: ModelFiles, cfg: dict[str, Any], args: dict[str, Any]) -> 
         with torch.device("meta"), _at_most_parameters(4 * len(header)):
             network = timm.create_model(files.architecture, pretrained_cfg=cfg, **args).state_dict()
     except Exception as error:  # the arguments come from a file: timm and torch may say anything
-        raise ConfigError(f"{files.source}: can't build {files.architecture}({args}): {error}") from error
+        raise ConfigError(
+            f"{files.source}: can't build {files.architecture}({args}): {_summary(error)[:300]}"
+        ) from error
     expected = {name: (tuple(t.shape), t.is_floating_point()) for name, t in network.items()}
     got = {name: (shape, dtype in _FLOATS) for name, shape, dtype in header}
     wrong = [

@@ -19,7 +19,9 @@ import numpy as np
 import timm
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object, set_seed
+from safetensors import SafetensorError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup, create_transform
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -122,6 +124,7 @@ def finetune(
         train_photos, val_photos = split_photos(train_photos, recipe.val_fraction, recipe.seed)
         measured_on = f"{len(val_photos)} photos that were held out"
 
+    AcceleratorState._reset_state()  # else a second run in this process could not have another precision
     accelerator = Accelerator(
         mixed_precision=_mixed_precision(recipe.precision),
         dataloader_config=DataLoaderConfiguration(split_batches=True),
@@ -132,14 +135,14 @@ def finetune(
     )
     with _explained(out, recipe):
         if accelerator.is_main_process:
-            _prepare_folder(out, recipe, resume)
+            _prepare_folder(out, recipe, _fingerprint(train_photos, val_photos), resume)
             for problem in find_problems(train_photos, val_photos):
                 logger.warning(problem)
         accelerator.wait_for_everyone()
         job = _build(recipe, train_photos, val_photos, measured_on, accelerator, out)
         if resume:
             job.resume()
-        if job.state.epoch == 0 and recipe.fit_head:
+        if recipe.fit_head and not job.state.history:
             _fit_head(job)
             _keep(job, {"epoch": 0, "img_size": recipe.eval_size})
         accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": job.state.update + 1}})
@@ -162,7 +165,6 @@ def finetune(
 class _State:
     """What a checkpoint holds beside weights, optimizer and schedule."""
 
-    photos: str
     epoch: int = 0
     update: int = 0
     best_epoch: int = 0
@@ -173,11 +175,6 @@ class _State:
         return asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["photos"] != self.photos:
-            raise RunError(
-                "the photos have changed since the run began, so it can't go on as it would have: "
-                "bring them back, or start anew in another folder"
-            )
         self.__dict__.update(state)
 
 
@@ -214,7 +211,7 @@ class _Job:
     @property
     def finished(self) -> bool:
         waited = self.state.epoch - self.state.best_epoch
-        stop = bool(self.recipe.patience and self.val_photos and waited >= self.recipe.patience)
+        stop = bool(self.recipe.patience and self.state.best_top1 >= 0 and waited >= self.recipe.patience)
         return stop or self.state.epoch >= self.recipe.epochs
 
     @property
@@ -268,6 +265,16 @@ def _build(
     ema = ModelEmaV3(model, recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
 
     mixing = bool(recipe.mixup or recipe.cutmix)
+    if mixing and (recipe.batch_size % 2 or recipe.batch_size > len(train_photos)):
+        raise RecipeError(
+            f"mixup and cutmix take pairs of photos: batch_size must be even and at most {len(train_photos)}, "
+            f"the number of training photos; got {recipe.batch_size}"
+        )
+    if recipe.batch_size % accelerator.num_processes:
+        raise RecipeError(
+            f"batch_size = {recipe.batch_size} is that of all processes together and must be a multiple of their "
+            f"number, {accelerator.num_processes}"
+        )
     smoothing = recipe.label_smoothing
     mixup = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=smoothing, num_classes=num_classes) if mixing else None
     sampler = EpochSampler(train_photos.targets, recipe.seed, recipe.balance)
@@ -292,7 +299,7 @@ def _build(
         step_on_epochs=False,
         updates_per_epoch=len(loader),
     )
-    state = _State(_fingerprint(train_photos, val_photos))
+    state = _State()
     accelerator.register_for_checkpointing(state, scheduler, *([ema] if ema else []))
     return _Job(
         recipe,
@@ -320,6 +327,11 @@ def _create_model(recipe: Recipe, num_classes: int) -> Any:
         start = next((tag for tag, entry in hub.manifest().items() if entry.architecture == recipe.arch), "")
         if start:
             logger.info("starting from %s", start)
+        elif recipe.epochs == 0:
+            raise RecipeError(
+                f"a head alone needs trained features, and the package has no weights of {recipe.arch}: "
+                "name some by start, such as a folder made by `ghost-resnet surgery`, or train with epochs > 0"
+            )
         else:
             logger.warning("starting from scratch, since the package has no weights of %s: expect less", recipe.arch)
     if not start:
@@ -383,18 +395,24 @@ def _fingerprint(*lists: Photos | None) -> str:
     return digest.hexdigest()
 
 
-def _prepare_folder(out: Path, recipe: Recipe, resume: bool) -> None:
-    saved = out / "recipe.toml"
+def _prepare_folder(out: Path, recipe: Recipe, photos: str, resume: bool) -> None:
+    saved, fingerprint = out / "recipe.toml", out / "photos.sha256"
     if resume:
-        if not saved.is_file():
+        if not (saved.is_file() and fingerprint.is_file()):
             raise RunError(f"{out} holds no run to resume: start one without --resume")
         if load_recipe(saved) != recipe:
             raise RunError(f"{saved} is another recipe than the one given: resume with --recipe {saved}")
+        if fingerprint.read_text(encoding="utf-8").strip() != photos:
+            raise RunError(
+                "the photos have changed since the run began, so it can't go on as it would have: "
+                "bring them back, or start anew in another folder"
+            )
         remove_leftovers(out)
     elif out.exists() and any(out.iterdir()):
         raise RunError(f"{out} is not empty: resume the run in it with --resume, or take another folder")
     else:
         write_text(saved, recipe.to_toml())
+        write_text(fingerprint, photos + "\n")
 
 
 # Training -------------------------------------------------------------------------------------------------------------
@@ -427,13 +445,14 @@ def _train_epoch(job: _Job, on_progress: Callable[[Progress], None] | None) -> d
             job.optimizer.step()
             job.optimizer.zero_grad()
         state.update += 1
-        if job.ema:
-            job.ema.update(job.model, step=state.update)
+        if job.ema and accelerator.sync_gradients:
+            job.ema.update(job.model, step=state.update // recipe.accumulate)
         value = accelerator.gather(loss.detach()).mean().item()
         if not math.isfinite(value):
+            kept = "the last good weights are kept in" if (job.out / "model.safetensors").exists() else "none are in"
             raise TrainingError(
-                f"the loss is {value} in epoch {state.epoch + 1}, step {step}. The weights of the last good epoch "
-                f"are in {job.out}: lower lr (now {recipe.lr:g}) or set clip_grad, in a new run"
+                f"the loss is {value} in epoch {state.epoch + 1}, step {step}; {kept} {job.out}: "
+                f"lower lr (now {recipe.lr:g}) or set clip_grad, in a new run"
             )
         total += value
         row = {
@@ -597,6 +616,7 @@ def _save_checkpoint(job: _Job) -> None:
     accelerator.save_state(str(temporary))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)
         temporary.replace(folder)
         for older in folder.parent.iterdir():
             if older != folder:
@@ -613,19 +633,23 @@ def _to_csv(rows: list[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
+_UNWRITABLE = "{} can't be written ({}): make room, then go on with --resume; what was finished before is intact"
+
+
 @contextmanager
 def _explained(out: Path, recipe: Recipe) -> Iterator[None]:
     """Turn what goes wrong on a machine into an error that says what to do."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
             raise
-        raise RunError(
-            f"{out} can't be written ({error.strerror}): make room, then go on with --resume; "
-            "what was finished before is intact"
-        ) from error
+        raise RunError(_UNWRITABLE.format(out, error.strerror)) from error
+    except SafetensorError as error:
+        raise RunError(_UNWRITABLE.format(out, error)) from error
     except RuntimeError as error:
+        if "PytorchStreamWriter failed" in str(error):
+            raise RunError(_UNWRITABLE.format(out, "torch.save failed")) from error
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         half = max(1, recipe.batch_size // 2)

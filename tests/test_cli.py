@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -265,7 +266,8 @@ def many(tmp_path: Path) -> Path:
 
 def test_control_c_exits_130_without_a_traceback(run_folder: Path, many: Path) -> None:
     command = [*COMMAND, "predict", "--model", str(run_folder), str(many)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    listening = {"preexec_fn": partial(signal.signal, signal.SIGINT, signal.SIG_DFL)}  # a background job ignores it
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **listening) as process:
         assert process.stdout and process.stderr
         assert process.stdout.readline().startswith(str(many / "0.png"))
         process.send_signal(signal.SIGINT)

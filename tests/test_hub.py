@@ -367,7 +367,7 @@ def test_damaged_embedded_file_is_moved_aside_through_timm_too(own_weights: Path
     error = caught.value
     assert (error.file, error.got) == (file, hashlib.sha256(data).hexdigest())
     assert error.aside and error.aside.read_bytes() == data and not file.exists()
-    assert error.repair == "pip install --force-reinstall --no-deps ghost-resnet"
+    assert error.repair == "pip install --force-reinstall --no-deps WHERE_GHOST_RESNET_CAME_FROM"
     with pytest.raises(SourceError, match="are not here"):
         hub.resolve("ghost_resnet50_s4.trashnet")
 

@@ -137,6 +137,7 @@ def test_a_change_without_a_value_is_refused() -> None:
         {"crop_scale": (0.5,)},
         {"interpolation": "lanczos"},
         {"epochs": 0},
+        {"final_img_size": 256},
         {"batch_size": 0},
     ],
 )

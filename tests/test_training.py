@@ -4,11 +4,13 @@ import csv
 import errno
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,7 @@ def test_a_run_folder_holds_what_is_promised_and_opens_in_timm_and_here(photos: 
         "history.csv",
         "metrics.json",
         "model.safetensors",
+        "photos.sha256",
         "recipe.toml",
         "report.html",
         "tensorboard",
@@ -130,7 +133,9 @@ def kill_at(epoch: int, step: int) -> Any:
     return on_progress
 
 
-@pytest.mark.parametrize("changes", [{}, {"mixup": 0.2, "ema_decay": 0.9, "opt": "adamw", "balance": 0.5}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"mixup": 0.2, "ema_decay": 0.9, "opt": "adamw", "balance": 0.5, "fit_head": True}]
+)
 def test_an_interrupted_run_resumes_to_the_same_weights_bit_for_bit(
     photos: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
@@ -140,7 +145,9 @@ def test_an_interrupted_run_resumes_to_the_same_weights_bit_for_bit(
         with pytest.raises(Killed):
             finetune(photos, tmp_path / "cut", recipe, resume=epoch > 0, on_progress=kill_at(epoch, step))
     finetune(photos, tmp_path / "cut", recipe, resume=True)
+    finetune(photos, tmp_path / "cut", recipe, resume=True)  # a run that has ended stays as it is
     assert_same_weights(tmp_path / "whole", tmp_path / "cut")
+    assert [row["epoch"] for row in history(tmp_path / "cut")] == [row["epoch"] for row in history(tmp_path / "whole")]
     log = EventAccumulator(str(tmp_path / "cut" / "tensorboard"))
     log.Reload()
     steps = [event.step for event in log.Scalars("train/loss")]
@@ -156,7 +163,9 @@ def test_a_run_killed_with_signal_9_at_any_moment_resumes_to_the_same_weights(ph
     started = time.monotonic()
     subprocess.run([*command, "--out", str(tmp_path / "whole")], env=environment, check=True, capture_output=True)
     duration = time.monotonic() - started
-    for share in np.random.default_rng().uniform(0.2, 1.0, 4):
+    seed = np.random.SeedSequence().entropy
+    print("seed of the moments:", seed)
+    for share in np.random.default_rng(seed).uniform(0.2, 1.0, 4):
         resume = ["--resume"] if (tmp_path / "cut" / "recipe.toml").exists() else []
         child = subprocess.Popen([*command, "--out", str(tmp_path / "cut"), *resume], env=environment)
         try:
@@ -270,6 +279,40 @@ def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(
     assert_same_weights(tmp_path / "whole", tmp_path / "run")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("megabytes", [1, 20])
+def test_a_file_that_can_not_be_written_whole_ends_the_run_in_a_sentence_and_resumes(
+    photos: Path, tmp_path: Path, megabytes: int
+) -> None:
+    """The writers of weights and of optimizer states each meet the limit, with their own kinds of error."""
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(replace(TINY, opt="adamw", lr=1e-3).to_toml())
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (megabytes * 2**20, -1))
+    command = [sys.executable, "-m", "ghost_resnet", "finetune", "--data", str(photos), "--recipe", str(recipe)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    full = subprocess.run(
+        [*command, "--out", str(tmp_path / "run")], env=environment, preexec_fn=limit, capture_output=True, text=True
+    )
+    assert full.returncode == 2 and "can't be written" in full.stderr and "--resume" in full.stderr
+    assert "Traceback" not in full.stderr
+    finetune(photos, tmp_path / "whole", recipe)
+    finetune(photos, tmp_path / "run", recipe, resume=True)
+    assert_same_weights(tmp_path / "whole", tmp_path / "run")
+
+
+def test_runs_of_different_precision_follow_each_other_in_one_process(photos: Path, tmp_path: Path) -> None:
+    for precision in ("bf16", "fp32"):
+        assert finetune(photos, tmp_path / precision, replace(TINY, epochs=1, precision=precision)).history
+
+
+def test_what_a_recipe_asks_of_these_photos_is_checked_before_training(photos: Path, tmp_path: Path) -> None:
+    for number, changes in enumerate(({"batch_size": 7}, {"batch_size": 64})):
+        with pytest.raises(RecipeError, match="must be even and at most 28"):
+            finetune(photos, tmp_path / f"mix{number}", TINY, overrides={"mixup": 0.2, **changes})
+    with pytest.raises(RecipeError, match="no weights of ghost_resnet50_s4"):
+        finetune(photos, tmp_path / "quick", TINY, overrides={"start": "auto", "fit_head": True, "epochs": 0})
+
+
 def test_resuming_on_other_photos_another_recipe_or_nothing_is_refused(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="no run to resume"):
         finetune(photos, tmp_path / "none", TINY, resume=True)
@@ -278,7 +321,7 @@ def test_resuming_on_other_photos_another_recipe_or_nothing_is_refused(photos: P
         finetune(photos, tmp_path / "run", TINY)
     with pytest.raises(RunError, match="another recipe"):
         finetune(photos, tmp_path / "run", TINY, resume=True)
-    (tmp_path / "split.txt").write_text("lying/00.png\nstanding/00.png\n")
+    (tmp_path / "split.txt").write_text("lying/00.png\n" + "".join(f"standing/{i:02}.png\n" for i in range(14)))
     with pytest.raises(RunError, match="photos have changed"):
         finetune(photos, tmp_path / "run", replace(TINY, epochs=1), splits=[tmp_path / "split.txt"], resume=True)
 

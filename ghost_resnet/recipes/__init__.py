@@ -62,7 +62,7 @@ class Recipe:
         epochs: Passes over the training photos, after that; may be 0.
         patience: Stop after so many epochs without a better validation accuracy; 0 never does.
         batch_size: Photos a step, over all processes.
-        accumulate: Steps of gradients that are summed before the weights change.
+        accumulate: Steps whose gradients are averaged before the weights change.
         opt: timm's name of the optimizer; "sgd" is with Nesterov's momentum, "momentum" without.
         lr: Peak learning rate.
         momentum: Of SGD, or beta1.
@@ -190,6 +190,11 @@ class Recipe:
             raise RecipeError(f"lr must be above 0 and finite, got {self.lr}")
         if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise RecipeError(f"crop_scale must be two shares, the smaller first, got {self.crop_scale}")
+        if self.final_img_size not in (0, self.img_size) and not 0 < self.final_epochs <= self.epochs:
+            raise RecipeError(
+                f"final_img_size = {self.final_img_size} needs 1 to epochs = {self.epochs} final_epochs, "
+                f"got {self.final_epochs}"
+            )
         if self.epochs == 0 and not self.fit_head:
             raise RecipeError("epochs = 0 trains nothing: set fit_head = true, or more epochs")
 
