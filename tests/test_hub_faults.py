@@ -124,7 +124,7 @@ def start(hub: Hub, folder: Path, *sources: str, **environment: str) -> subproce
 
 
 def finish(process: subprocess.Popen[str]) -> list[list[str]]:
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     return [json.loads(line) for line in out.splitlines()]
 
@@ -191,12 +191,12 @@ def test_process_killed_in_mid_download_leaves_a_cache_that_the_next_call_can_us
 ) -> None:
     hub.break_down(fault, only="model.safetensors")
     process = start(hub, tmp_path, TAG)
-    while not any("/cdn/" in line for line in hub.log):
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "home").rglob("*.incomplete")):
+        assert time.monotonic() < deadline and process.poll() is None, "the download never began"
         time.sleep(0.01)
-    time.sleep(0.2)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert list((tmp_path / "home").rglob("*.incomplete")), "the download had begun"
     hub.break_down(None)
     assert_right(resolve(hub, tmp_path))
 
@@ -294,7 +294,7 @@ def test_cache_without_links_verifies_tags_and_says_that_it_can_not_verify_repos
     no_links = {"HF_HUB_DISABLE_SYMLINKS": "1"}
     source = f"hf-hub:{REPO}"
     process = start(hub, tmp_path, source, TAG, **no_links)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert_right(json.loads(out.splitlines()[0]))
     assert "can't be verified" in err
     path = Path(json.loads(out.splitlines()[1])[1])
