@@ -648,7 +648,7 @@ def _explained(out: Path, recipe: Recipe) -> Iterator[None]:
     except SafetensorError as error:
         raise RunError(_UNWRITABLE.format(out, error)) from error
     except RuntimeError as error:
-        if "PytorchStreamWriter failed" in str(error):
+        if "PytorchStreamWriter" in str(error) or "inline_container" in str(error):  # torch.save's own, twice over
             raise RunError(_UNWRITABLE.format(out, "torch.save failed")) from error
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise

@@ -280,7 +280,7 @@ def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("megabytes", [1, 20])
+@pytest.mark.parametrize("megabytes", [1, 12])
 def test_a_file_that_can_not_be_written_whole_ends_the_run_in_a_sentence_and_resumes(
     photos: Path, tmp_path: Path, megabytes: int
 ) -> None:
