@@ -12,6 +12,7 @@ what the ResNet says, and the divergence KL(ResNet, Ghost-ResNet) in nats, on `-
 """
 
 import argparse
+import itertools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -37,7 +38,7 @@ def main() -> None:
     )
     train = Photos.from_folder(args.data, splits=[args.train_list], classes=labels).paths
     val = Photos.from_folder(args.data, splits=[args.val_list], classes=labels)
-    unlabelled = find_images(args.unlabelled)[: args.limit]
+    unlabelled = list(itertools.islice(find_images(args.unlabelled), args.limit))
     crops = photo_batches(train, preprocessing, args.batch_size, augment=True)
 
     def logits(network: nn.Module, paths: list[Path] | tuple[Path, ...]) -> Tensor:

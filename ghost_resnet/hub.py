@@ -3,12 +3,13 @@
 A source is one of
 
 * a tag of this package's manifest, `ghost_resnet50_cifar.report`, or an architecture for its first tag;
-* a run folder (`model.safetensors` beside `config.json`), or `local-dir:FOLDER`;
-* a `.safetensors` file with `config.json` beside it;
+* a run folder (`model.safetensors` beside `config.json`), an exported one (`model.onnx` or `model.xml` in its place),
+  or `local-dir:FOLDER`;
+* a `.safetensors` file with `config.json` beside it, or an exported file, which carries its configuration;
 * `hf-hub:owner/repo@revision`, a repository in timm's format whose architecture is one of this package's.
 
 Every door (timm's `pretrained=True`, `torch.hub`, `GarbageClassifier.from_pretrained`, the command line) goes
-through `resolve`. Weights are safetensors only, never a pickle.
+through `resolve`. Weights are safetensors or an exported graph, never a pickle.
 """
 
 from __future__ import annotations
@@ -31,7 +32,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from .errors import ConfigError, DownloadError, IntegrityError, SourceError, UploadError, WeightsError
+from .errors import (
+    ConfigError,
+    DownloadError,
+    IntegrityError,
+    MissingExtraError,
+    SourceError,
+    UploadError,
+    WeightsError,
+)
+from .extras import require
 from .files import atomic_path, write_text
 
 if TYPE_CHECKING:
@@ -43,6 +53,9 @@ _logger = logging.getLogger(__name__)
 
 WEIGHTS = Path(__file__).parent / "weights"
 """Folder of the manifest and the embedded weights."""
+
+EMBEDDED_CONFIG = "ghost_resnet_config"
+"""Under this name an exported file carries its `config.json`: metadata in ONNX, rt_info in OpenVINO."""
 
 _WEIGHTS_NAME = "model.safetensors"
 _CONFIG_NAME = "config.json"
@@ -184,7 +197,7 @@ def default_tag() -> str:
     return tags[0]
 
 
-def resolve(source: str | Path, *, cache_dir: str | Path | None = None) -> ModelFiles:
+def resolve(source: str | Path, *, cache_dir: str | Path | None = None, prefer: str = ".safetensors") -> ModelFiles:
     """Find the files that a source names, download them if they are nowhere here, and verify them.
 
     A tag is looked for in the package, then in the local cache, then on the hub. Its full sha256 is checked
@@ -193,6 +206,7 @@ def resolve(source: str | Path, *, cache_dir: str | Path | None = None) -> Model
     Args:
         source: Tag, run folder, weights file, `local-dir:FOLDER` or `hf-hub:owner/repo@revision`.
         cache_dir: Cache of downloads in place of Hugging Face's (`HF_HOME`).
+        prefer: Which file of a folder to take if it has several: ".safetensors", ".onnx" or ".xml".
 
     Returns:
         The weights file and the configuration that goes with it.
@@ -208,7 +222,7 @@ def resolve(source: str | Path, *, cache_dir: str | Path | None = None) -> Model
         return _resolve_tag(tag, cache_dir)
     if name.startswith("hf-hub:"):
         return _resolve_hub(name, cache_dir)
-    return _resolve_local(name)
+    return _resolve_local(name, prefer)
 
 
 def _tag(name: str) -> str | None:
@@ -267,12 +281,14 @@ def _resolve_hub(source: str, cache_dir: str | Path | None) -> ModelFiles:
     return ModelFiles(paths[1], config, source)
 
 
-def _resolve_local(source: str) -> ModelFiles:
+def _resolve_local(source: str, prefer: str) -> ModelFiles:
     path = Path(source.removeprefix("local-dir:")).expanduser()
     if path.is_dir():
-        path = path / _WEIGHTS_NAME
-        if not path.is_file():
-            raise SourceError(f"expected {_WEIGHTS_NAME} in the folder {path.parent}, got none")
+        names = [f"model{suffix}" for suffix in dict.fromkeys((prefer, *_SUFFIXES))]
+        found = [path / name for name in names if (path / name).is_file()]
+        if not found:
+            raise SourceError(f"expected {_WEIGHTS_NAME} in the folder {path}, or model.onnx or model.xml, got none")
+        path = found[0]
     elif not path.is_file():
         known = ", ".join(manifest()) or "none yet"
         raise SourceError(
@@ -285,7 +301,34 @@ def _resolve_local(source: str) -> ModelFiles:
         )
     if path.suffix not in _SUFFIXES:
         raise SourceError(f"expected a file that ends with one of {', '.join(_SUFFIXES)}, got {path}")
-    return ModelFiles(path, _read_config(path.parent / _CONFIG_NAME), source)
+    config = path.parent / _CONFIG_NAME
+    if path.suffix != ".safetensors" and not config.is_file():
+        return ModelFiles(path, _embedded_config(path), source)
+    return ModelFiles(path, _read_config(config), source)
+
+
+def _embedded_config(path: Path) -> dict[str, Any]:
+    """The configuration that an exported file carries."""
+    try:
+        if path.suffix == ".onnx":
+            ort = require("onnxruntime", "onnx")
+            options = ort.SessionOptions()
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+            options.log_severity_level = 3
+            session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            text = session.get_modelmeta().custom_metadata_map.get(EMBEDDED_CONFIG)
+        else:
+            network = require("openvino", "openvino").Core().read_model(path)
+            text = network.get_rt_info(EMBEDDED_CONFIG).value if network.has_rt_info(EMBEDDED_CONFIG) else None
+    except MissingExtraError:
+        raise
+    except Exception as error:  # of the two libraries' own kinds
+        raise WeightsError(f"{path} can't be read: {_summary(error)[:300]}") from error
+    if text is None:
+        raise ConfigError(
+            f"expected {path.parent / _CONFIG_NAME}, or {EMBEDDED_CONFIG!r} in the metadata of {path.name}"
+        )
+    return _parse_config(text, path)
 
 
 def _download(repo: str, revision: str | None, name: str, cache_dir: str | Path | None) -> Path:
@@ -358,7 +401,7 @@ def _verify(path: Path, expected: str, repair: str) -> None:
     bad = path.resolve()
     aside: Path | None = None
     try:
-        aside = bad.rename(bad.with_name(f"{bad.name}.bad-{got[:8]}"))
+        aside = bad.replace(bad.with_name(f"{bad.name}.bad-{got[:8]}"))
     except OSError as error:
         _logger.warning("%s could not be moved aside: %s", bad, error)
     raise IntegrityError(path, expected, got, repair, aside)
@@ -377,8 +420,16 @@ def _read_config(path: Path) -> dict[str, Any]:
     if path.stat().st_size > _CONFIG_LIMIT:
         raise ConfigError(f"{path}: expected at most {_CONFIG_LIMIT} bytes, got {path.stat().st_size}")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: expected JSON, got {_summary(error)}") from error
+    return _parse_config(text, path)
+
+
+def _parse_config(text: str, path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: expected JSON, got {_summary(error)}") from error
     _check_config(config, path)
     return config
@@ -679,6 +730,18 @@ def save_pretrained(
     write_text(folder / _CONFIG_NAME, json.dumps(config, indent=2) + "\n")
     write_text(folder / "README.md", _card(config))
     return folder
+
+
+def set_temperature(folder: str | Path, temperature: float) -> None:
+    """Set what the outputs of the classifier in a folder are divided by before the softmax.
+
+    Raises:
+        ConfigError: It is not above 0, or the folder holds no classifier.
+    """
+    path = Path(folder) / _CONFIG_NAME
+    config = {**_read_config(path), "temperature": temperature}
+    _check_config(config, path)
+    write_text(path, json.dumps(config, indent=2) + "\n")
 
 
 def _config_of(

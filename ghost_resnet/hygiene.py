@@ -13,7 +13,7 @@ import numpy.typing as npt
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from .data import Photos, read_image
+from .data import PhotoFile, Photos, read_image
 from .errors import DataError, UnreadableImageError
 
 logger = logging.getLogger(__name__)
@@ -26,15 +26,15 @@ IMBALANCE = 10
 """Warn where the largest class has more than so many times the photos of the smallest."""
 
 
-def perceptual_hashes(paths: Sequence[Path]) -> npt.NDArray[np.uint64]:
+def perceptual_hashes(paths: Sequence[PhotoFile]) -> npt.NDArray[np.uint64]:
     """The 64-bit perceptual hash (DCT) of each photo.
 
     Raises:
         DataError: Some photos can't be read; all of them are named.
     """
-
+    changed = [path.stat().st_mtime_ns if isinstance(path, Path) else 0 for path in paths]
     with ThreadPoolExecutor() as pool:
-        hashes = list(pool.map(_hash_file, paths, [path.stat().st_mtime_ns for path in paths]))
+        hashes = list(pool.map(_hash_file, paths, changed))
     if errors := [item for item in hashes if isinstance(item, UnreadableImageError)]:
         raise DataError(
             f"{len(errors)} of {len(paths)} photos can't be read; repair or remove them:\n"
@@ -44,7 +44,7 @@ def perceptual_hashes(paths: Sequence[Path]) -> npt.NDArray[np.uint64]:
 
 
 @lru_cache(2**17)  # splitting and looking for problems hash the same photos
-def _hash_file(path: Path, changed: int) -> np.uint64 | UnreadableImageError:
+def _hash_file(path: PhotoFile, changed: int) -> np.uint64 | UnreadableImageError:
     try:
         bits = imagehash.phash(read_image(path, min_side=64)).hash
         return np.packbits(bits.ravel()).view(np.uint64)[0]

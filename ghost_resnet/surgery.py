@@ -154,7 +154,7 @@ def convert(
     if photos is None:
         student = from_resnet(teacher, arch)
     else:
-        if not (paths := find_images(Path(photos))):
+        if not (paths := list(find_images(Path(photos)))):
             raise DataError(f"expected photos in {photos}, found none")
         some = paths[:: math.ceil(len(paths) / CALIBRATION_PHOTOS)]
         student = from_resnet(teacher, arch, photo_batches(some, preprocessing, batch_size))

@@ -72,6 +72,16 @@ def test_folder_says_how_photos_are_prepared_and_outputs_calibrated(model: nn.Mo
     assert "library_name: timm" in card and "0.75" in card and "cardboard" in card
 
 
+def test_the_temperature_of_a_saved_classifier_can_be_set(model: nn.Module, tmp_path: Path) -> None:
+    hub.save_pretrained(model, tmp_path, labels=LABELS, metrics={"top1": 0.75})
+    hub.set_temperature(tmp_path, 0.8)
+    files = hub.resolve(tmp_path)
+    assert files.temperature == 0.8 and files.config["metrics"] == {"top1": 0.75}
+    with pytest.raises(ConfigError, match="temperature"):
+        hub.set_temperature(tmp_path, -1.0)
+    assert hub.resolve(tmp_path).temperature == 0.8
+
+
 def test_saving_names_the_tag_only_if_told(model: nn.Module, tmp_path: Path) -> None:
     model.pretrained_cfg |= {"tag": "report", "description": "Photos."}  # what training started from
     hub.save_pretrained(model, tmp_path, labels=LABELS)

@@ -127,10 +127,11 @@ def test_pushed_private_repository_opens_with_its_token_only(session: dict[str, 
     assert session["without token"][0] == 2 and "HF_TOKEN" in session["without token"][2]
 
 
-@pytest.mark.ecosystem
+@pytest.mark.ecosystem("transformers")
 def test_pushed_model_runs_in_the_pipeline_of_transformers(
     server: Hub, session: dict[str, Any], run: Path, tmp_path: Path
 ) -> None:
+    """`pipeline("image-classification", model="owner/repo")`: the scores of the saved network."""
     pytest.importorskip("transformers")
     pixels = np.random.default_rng(0).integers(0, 255, (80, 90, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "photo.png")

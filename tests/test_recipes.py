@@ -32,6 +32,12 @@ def test_the_package_has_the_report_s_recipe() -> None:
     assert "report" in recipes.names()
 
 
+def test_best_has_the_stages_of_default_but_is_longer_and_larger() -> None:
+    best, default = load_recipe("best"), load_recipe("default")
+    assert best.epochs > default.epochs and best.img_size > best.size_at(0) > default.img_size
+    assert (best.fit_head, best.start, best.teacher) == (default.fit_head, default.start, "") == (True, "auto", "")
+
+
 def test_a_file_holds_only_what_differs_from_the_defaults(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text("# mine\nlr = 1\nmilestones = [3, 5]\n")
@@ -64,6 +70,7 @@ def test_every_setting_is_documented_once() -> None:
         ({"precision": "int8"}, "precision must be one of"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"img_size": -32}, "img_size must be at least"),
+        ({"workers": -2}, "workers must be at least -1, got -2"),
         ({"epochs": -1}, "epochs"),
     ],
 )
@@ -95,11 +102,10 @@ def test_replacing_leaves_the_recipe_as_it_was() -> None:
     assert (recipe.lr, recipe.milestones) == (0.05, ()) and (changed.lr, changed.milestones) == (3.0, (1,))
 
 
-def test_the_size_changes_in_the_last_epochs() -> None:
-    recipe = Recipe(epochs=5, img_size=160, final_img_size=224, final_epochs=2)
-    assert [recipe.size_at(epoch) for epoch in range(5)] == [160, 160, 160, 224, 224]
-    assert recipe.eval_size == 224
-    assert Recipe(img_size=160).eval_size == Recipe(img_size=160).size_at(0) == 160
+def test_the_first_epochs_have_smaller_images() -> None:
+    recipe = Recipe(epochs=5, img_size=224, smaller_first=((96, 1), (160, 2)))
+    assert [recipe.size_at(epoch) for epoch in range(5)] == [96, 160, 160, 224, 224]
+    assert Recipe(img_size=160).size_at(0) == 160
 
 
 @pytest.mark.parametrize(
@@ -137,7 +143,8 @@ def test_a_change_without_a_value_is_refused() -> None:
         {"crop_scale": (0.5,)},
         {"interpolation": "lanczos"},
         {"epochs": 0},
-        {"final_img_size": 256},
+        {"smaller_first": ((128, 30),)},
+        {"smaller_first": ((128,),)},
         {"batch_size": 0},
     ],
 )

@@ -384,7 +384,7 @@ def test_a_folder_becomes_a_folder_that_timm_opens(with_photos: bool, photos: Pa
     assert isinstance(student, ghost_resnet.GhostResNet)
     assert student.pretrained_cfg["label_names"] == ["cat", "dog"]
     assert Preprocessing.from_config(student.pretrained_cfg) == preprocessing
-    assert error(student, teacher, draw(4, seed=4, side=32)) < 0.05
+    assert error(student, teacher, draw(4, seed=4, side=32)) < 0.07
 
 
 def test_the_command_line_operates_and_says_where_the_network_is(tmp_path: Path) -> None:
