@@ -6,19 +6,27 @@ Nothing here imports torch, so that a predictor on an exported model does not ha
 import io
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import os
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
-from typing import Any, BinaryIO
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any, BinaryIO, Union
+from urllib.parse import urlsplit
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .errors import ConfigError, DataError, UnreadableImageError
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +38,33 @@ MAX_PIXELS = 100_000_000
 MAX_ASPECT = 20
 """Of a photo longer than so many times its shorter side, only the middle is looked at."""
 
-ImageSource = str | Path | bytes | BinaryIO | Image.Image | npt.NDArray[Any]
+MAX_DOWNLOAD = 64 * 2**20
+"""Bytes; a URL with more is given up."""
+DOWNLOAD_SECONDS = 30
+"""A URL that takes longer is given up."""
+
+
+@dataclass(frozen=True)
+class PackedPhoto:
+    """A photo inside an archive or a dataset, which is read from there whenever it is looked at.
+
+    Attributes:
+        name: What it is called in messages.
+        size: Of the image file, in bytes.
+        load: Gives the image file.
+    """
+
+    name: str
+    size: int
+    load: Callable[[], bytes]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+PhotoFile = Path | PackedPhoto
+"""Where a labelled photo is."""
+ImageSource = Union[str, Path, PackedPhoto, bytes, BinaryIO, Image.Image, npt.NDArray[Any], "torch.Tensor"]
 """What `read_image` takes."""
 
 
@@ -41,15 +75,17 @@ def read_image(source: ImageSource, *, min_side: int | None = None) -> Image.Ima
     animation the first frame is taken.
 
     Args:
-        source: A path, the bytes of an image file, an open binary file, a PIL image, or an array
-            `(H, W)`, `(H, W, 1)`, `(H, W, 3)` or `(H, W, 4)` of dtype uint8. It is not changed.
+        source: A path, an http or https URL, the bytes of an image file, an open binary file, a PIL image, an
+            array `(H, W)`, `(H, W, 1)`, `(H, W, 3)` or `(H, W, 4)` or a torch tensor `(1, H, W)`, `(3, H, W)` or
+            `(4, H, W)`, as torchvision's `decode_image` returns it, of dtype uint8. It is not changed.
         min_side: Allow a JPEG to be decoded at a reduced scale whose shorter side is at least this many
             pixels, which is several times faster for large photos.
 
     Raises:
-        UnreadableImageError: Not an image, damaged, empty, or larger than `MAX_PIXELS`.
+        UnreadableImageError: Not an image, damaged, empty, or larger than `MAX_PIXELS`; a URL that does not answer
+            with one of at most `MAX_DOWNLOAD` bytes within `DOWNLOAD_SECONDS`.
     """
-    name = _describe(source)
+    name = describe(source)
     try:
         with _open(source, name) as image:
             width, height = image.size
@@ -60,7 +96,11 @@ def read_image(source: ImageSource, *, min_side: int | None = None) -> Image.Ima
             if min_side and not isinstance(source, Image.Image):
                 scale = min(1, min_side / min(width, height))
                 image.draft("RGB", (math.ceil(width * scale), math.ceil(height * scale)))  # JPEG only
-            return _to_rgb(ImageOps.exif_transpose(image), name)
+            if isinstance(source, Image.Image):
+                image = ImageOps.exif_transpose(image)  # a copy
+            else:
+                ImageOps.exif_transpose(image, in_place=True)
+            return _to_rgb(image, name)
     except UnreadableImageError:
         raise
     except UnidentifiedImageError as error:
@@ -73,27 +113,70 @@ def read_image(source: ImageSource, *, min_side: int | None = None) -> Image.Ima
         raise UnreadableImageError(f"{name}: damaged or cut short ({error})") from error
 
 
-def _describe(source: ImageSource) -> str:
-    if isinstance(source, str | Path):
+def describe(source: ImageSource) -> str:
+    """The name of a source in messages."""
+    if isinstance(source, str | Path | PackedPhoto):
         return str(source)
-    if isinstance(source, bytes):
+    if isinstance(source, bytes | bytearray | memoryview):
         return f"image of {len(source)} bytes"
     file = getattr(source, "filename", None) or getattr(source, "name", None)
     return str(file) if file else f"image given as {type(source).__name__}"
 
 
-def _open(source: ImageSource, name: str) -> AbstractContextManager[Image.Image]:
+def is_tensor(source: Any) -> bool:
+    """Whether `source` is a torch tensor, without importing torch if nobody has."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(source, torch.Tensor)
+
+
+def _open(source: Any, name: str) -> AbstractContextManager[Image.Image]:
     if isinstance(source, Image.Image):
         return nullcontext(source)
     if isinstance(source, np.ndarray):
         return _image_from_array(source, name)
-    if isinstance(source, bytes):
+    if is_tensor(source):
+        return _image_from_tensor(source, name)
+    if isinstance(source, PackedPhoto):
+        source = source.load()
+    if isinstance(source, bytes | bytearray | memoryview):
         return Image.open(io.BytesIO(source), formats=_formats())
+    if isinstance(source, str) and source.lower().startswith(("http://", "https://")):
+        return Image.open(io.BytesIO(_download(source)), formats=_formats())
     if isinstance(source, str | Path) or hasattr(source, "read"):
         return Image.open(source, formats=_formats())
     raise UnreadableImageError(
-        f"{name}: expected a path, bytes, a binary file, a PIL image or a uint8 array, got {type(source).__name__}"
+        f"{name}: expected a path, a URL, bytes, a binary file, a PIL image, or a uint8 array or tensor, "
+        f"got {type(source).__name__}"
     )
+
+
+class _WebOnly(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        allowed = {req.type, "https"}  # urllib would follow to ftp, and from https to http
+        if (scheme := urlsplit(newurl).scheme) not in allowed:
+            raise UnreadableImageError(f"{req.full_url}: redirected to {scheme}, which is not followed")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _download(url: str) -> bytes:
+    end = time.monotonic() + DOWNLOAD_SECONDS
+    try:
+        request = urllib.request.Request(url, headers={"User-Agent": "ghost-resnet"})
+        with urllib.request.build_opener(_WebOnly).open(request, timeout=DOWNLOAD_SECONDS) as response:
+            content = bytearray()
+            while part := response.read1(2**16):
+                content += part
+                if len(content) > MAX_DOWNLOAD:
+                    raise UnreadableImageError(f"{url}: expected at most {MAX_DOWNLOAD:,} bytes, and more came")
+                if time.monotonic() > end:  # the timeout is that of each wait
+                    raise TimeoutError(f"more than {DOWNLOAD_SECONDS} s")
+            if response.length:
+                raise ConnectionError(f"{response.length:,} bytes are missing")
+            return bytes(content)
+    except UnreadableImageError:
+        raise
+    except Exception as error:  # http.client raises several kinds beside OSError, ValueError for a malformed URL
+        raise UnreadableImageError(f"{url}: can't be downloaded ({error})") from error
 
 
 @cache
@@ -113,6 +196,15 @@ def _image_from_array(array: npt.NDArray[Any], name: str) -> Image.Image:
     return Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array)
 
 
+def _image_from_tensor(tensor: Any, name: str) -> Image.Image:
+    if str(tensor.dtype) != "torch.uint8" or tensor.ndim != 3 or tensor.shape[0] not in (1, 3, 4):
+        raise UnreadableImageError(
+            f"{name}: expected uint8 of shape (1, H, W), (3, H, W) or (4, H, W), "
+            f"got {tensor.dtype} of shape {tuple(tensor.shape)}"
+        )
+    return _image_from_array(tensor.detach().cpu().permute(1, 2, 0).numpy(), name)
+
+
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode in ("I;16", "I;16L", "I;16B", "I;16N", "I"):
         values = np.asarray(image)
@@ -124,7 +216,15 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    return image.convert("RGB")  # decodes, so a file cut short fails here
+    if image.mode != "RGB":
+        return image.convert("RGB")
+    image.load()  # a file cut short fails here
+    return image
+
+
+def usable_cores() -> int:
+    """The number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
@@ -188,46 +288,74 @@ class Preprocessing:
         """Side, in pixels, to which a photo is resized before the central crop."""
         return math.floor(self.input_size[1] / self.crop_pct)
 
-    def read(self, source: ImageSource) -> npt.NDArray[np.float32]:
+    def read(self, source: ImageSource, out: npt.NDArray[np.float32] | None = None) -> npt.NDArray[np.float32]:
         """Read a photo and preprocess it; large JPEGs are decoded at a reduced scale first.
+
+        Args:
+            source: As for `read_image`.
+            out: As for `__call__`.
 
         Raises:
             UnreadableImageError: As `read_image`.
         """
-        return self(read_image(source, min_side=2 * self.resize))
+        return self(read_image(source, min_side=self.resize), out)
 
-    def __call__(self, image: Image.Image) -> npt.NDArray[np.float32]:
-        """Turn an RGB photo into float32 of shape `input_size`."""
+    def __call__(self, image: Image.Image, out: npt.NDArray[np.float32] | None = None) -> npt.NDArray[np.float32]:
+        """Turn an RGB photo into float32 of shape `input_size`.
+
+        Args:
+            image: An RGB photo.
+            out: Array to write to and return, such as a photo's place in a batch; None makes one.
+        """
         channels, side, _ = self.input_size
         if channels == 1:
             image = image.convert("L")
-        image = resize(image, self.resize, squash=self.crop_mode == "squash", interpolation=self.interpolation)
-        left = round((image.width - side) / 2.0)
-        top = round((image.height - side) / 2.0)
-        image = image.crop((left, top, left + side, top + side))
-        pixels = np.asarray(image, np.float32).reshape(side, side, channels) / np.float32(255)
-        normalised = (pixels - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
-        return np.ascontiguousarray(normalised.transpose(2, 0, 1))
+        squash = self.crop_mode == "squash"
+        image = resize(image, self.resize, squash=squash, interpolation=self.interpolation, crop=side)
+        pixels = np.asarray(image).reshape(side, side, channels).transpose(2, 0, 1)
+        std = np.array(self.std).reshape(-1, 1, 1)
+        out = np.empty(self.input_size, np.float32) if out is None else out
+        np.multiply(pixels, (1 / (255 * std)).astype(np.float32), out=out)
+        return np.subtract(out, (np.array(self.mean).reshape(-1, 1, 1) / std).astype(np.float32), out=out)
 
 
-def resize(image: Image.Image, side: int, *, squash: bool = False, interpolation: str = "bicubic") -> Image.Image:
+def resize(
+    image: Image.Image,
+    side: int,
+    *,
+    squash: bool = False,
+    interpolation: str = "bicubic",
+    crop: int | None = None,
+) -> Image.Image:
     """Resize so that the shorter side is `side` pixels long, or both sides if `squash`.
 
     Unless `squash`, what lies beyond `MAX_ASPECT` is cut off evenly first: a line of 1 x 5,000 pixels would
     take gigabytes.
+
+    Args:
+        image: What to resize.
+        side: In pixels.
+        squash: Give up the aspect ratio.
+        interpolation: "nearest", "bilinear" or "bicubic".
+        crop: Side, in pixels, of the central square that is wanted of the result; None wants all of it.
     """
     if squash:
         size = (side, side)
     else:
         shorter, longer = sorted(image.size)
         if (margin := (longer - MAX_ASPECT * shorter) // 2) > 0:
-            image = ImageOps.crop(image, (margin, 0) if image.width > image.height else (0, margin))
+            x, y = (margin, 0) if image.width > image.height else (0, margin)
+            image = image.crop((x, y, image.width - x, image.height - y))
             longer -= 2 * margin
         longer = int(side * longer / shorter)
         size = (side, longer) if image.width <= image.height else (longer, side)
-    if image.size == size:
-        return image
-    return image.resize(size, Image.Resampling[interpolation.upper()])
+    method = Image.Resampling[interpolation.upper()]
+    if image.size != size:
+        image = image.resize(size, method)
+    if crop is not None:
+        left, top = (round((length - crop) / 2.0) for length in size)
+        image = image.crop((left, top, left + crop, top + crop))
+    return image
 
 
 @dataclass(frozen=True)
@@ -235,12 +363,12 @@ class Photos:
     """Labelled photos on disk, with the class order made explicit.
 
     Attributes:
-        paths: One path a photo.
+        paths: Where each photo is: a file, or a place in an archive.
         targets: The index into `classes` of each photo.
         classes: Class names, in the order of the network's outputs.
     """
 
-    paths: tuple[Path, ...]
+    paths: tuple[PhotoFile, ...]
     targets: tuple[int, ...]
     classes: tuple[str, ...]
 
@@ -252,6 +380,11 @@ class Photos:
         """Number of photos of each class, in class order."""
         counts = np.bincount(self.targets, minlength=len(self.classes))
         return dict(zip(self.classes, counts.tolist(), strict=True))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The last two parts of each photo's path, which stay the same when the photos are moved as a whole."""
+        return tuple("/".join(PurePath(str(path)).parts[-2:]) for path in self.paths)
 
     def subset(self, indices: Sequence[int]) -> "Photos":
         """The photos at these indices, with the same classes."""
@@ -299,18 +432,39 @@ class Photos:
         return cls(tuple(root / path for path in listed), tuple(index[path.parts[0]] for path in listed), order)
 
 
-def find_images(folder: Path) -> list[Path]:
-    """The image files below a folder, sorted; what is hidden and other files are left out."""
-    paths = [
-        path
-        for path in sorted(folder.rglob("*"))
-        if not any(part.startswith(".") for part in path.relative_to(folder).parts) and not path.is_dir()
-    ]
-    images = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
-    if len(images) < len(paths):
-        other = next(path for path in paths if path.suffix.lower() not in IMAGE_SUFFIXES)
-        logger.warning("%d in %s left out that are no photos, %s first", len(paths) - len(images), folder, other)
-    return images
+def find_images(folder: Path) -> Iterator[Path]:
+    """The image files below a folder, lazily and in order; what is hidden and other files are left out.
+
+    Links to files are followed, links to folders below `folder` are not.
+    """
+    left_out, first = 0, None
+    for path in _files(folder):
+        if path.suffix.lower() in IMAGE_SUFFIXES:
+            yield path
+        else:
+            left_out += 1
+            first = first or path
+    if left_out:
+        logger.warning("%d in %s left out that are no photos, %s first", left_out, folder, first)
+
+
+def count_images(folder: Path) -> int:
+    """The number of image files that `find_images` finds."""
+    return sum(path.suffix.lower() in IMAGE_SUFFIXES for path in _files(folder))
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    try:
+        with os.scandir(folder) as entries:
+            visible = sorted((e for e in entries if not e.name.startswith(".")), key=lambda entry: entry.name)
+    except OSError as error:
+        logger.warning("%s can't be listed (%s)", folder, error.strerror)
+        return
+    for entry in visible:
+        if entry.is_dir(follow_symlinks=False):
+            yield from _files(folder / entry.name)
+        elif not entry.is_dir():
+            yield folder / entry.name
 
 
 def _read_splits(root: Path, splits: Iterable[str | Path]) -> list[Path]:
@@ -384,14 +538,14 @@ class PhotoDataset:
         return tuple(mean.tolist()), tuple(np.sqrt(np.maximum(squares / count - mean**2, 0)).tolist())
 
 
-def _decode_all(paths: Sequence[Path], side: int, squash: bool) -> Iterator[npt.NDArray[np.uint8]]:
-    def decode(path: Path) -> npt.NDArray[np.uint8] | UnreadableImageError:
+def _decode_all(paths: Sequence[PhotoFile], side: int, squash: bool) -> Iterator[npt.NDArray[np.uint8]]:
+    def decode(path: PhotoFile) -> npt.NDArray[np.uint8] | UnreadableImageError:
         try:
             return np.asarray(resize(read_image(path, min_side=2 * side), side, squash=squash))
         except UnreadableImageError as error:
             return error
 
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         decoded = list(pool.map(decode, paths))
     errors = [item for item in decoded if isinstance(item, UnreadableImageError)]
     if errors:

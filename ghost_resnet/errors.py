@@ -15,8 +15,16 @@ class UnreadableImageError(GhostResNetError, ValueError):
     """A file, byte string or array can't be read as a photo."""
 
 
+class OverflowedError(GhostResNetError, ArithmeticError):
+    """The network's outputs for a photo are no finite numbers."""
+
+
 class DataError(GhostResNetError, ValueError):
-    """A folder of photos or a split file is not what it should be."""
+    """Labelled photos, or the list of them, are not what they should be."""
+
+
+class MissingExtraError(GhostResNetError, ImportError):
+    """A library that only an extra brings is not installed."""
 
 
 class SurgeryError(GhostResNetError, ValueError):
@@ -35,6 +43,14 @@ class TrainingError(GhostResNetError):
     """Training can't go on."""
 
 
+class BenchmarkError(GhostResNetError):
+    """There is nothing to compare, or what was to be measured did not run."""
+
+
+class OutputError(GhostResNetError, ValueError):
+    """A file of answers can't be written, or not continued."""
+
+
 class SourceError(GhostResNetError, ValueError):
     """A name means no weights: no tag, folder, file or hub repository."""
 
@@ -43,8 +59,20 @@ class ConfigError(GhostResNetError, ValueError):
     """A `config.json` can't be used."""
 
 
+class LabelError(GhostResNetError, ValueError):
+    """A class name that the model does not know."""
+
+
 class WeightsError(GhostResNetError, ValueError):
     """A weights file is damaged, or does not fit its network."""
+
+
+class BackendError(GhostResNetError, ValueError):
+    """A back end is not installed, or can't do what is asked of it."""
+
+
+class ExportError(GhostResNetError, ValueError):
+    """A network can't be exported, or what came out does not answer as the original."""
 
 
 class DownloadError(GhostResNetError, OSError):

@@ -10,6 +10,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -33,13 +34,14 @@ from torchvision import transforms
 
 from . import hub
 from .classifier import GarbageClassifier
-from .data import PhotoDataset, Photos, Preprocessing
-from .errors import RecipeError, RunError, TrainingError
-from .evaluation import Metrics, compute_metrics
+from .data import PhotoDataset, Photos, Preprocessing, usable_cores
+from .errors import DataError, RecipeError, RunError, TrainingError
+from .evaluation import Metrics, compute_metrics, fit_temperature
 from .files import remove_leftovers, write_text
 from .hygiene import find_problems, split_photos
 from .recipes import Recipe, load_recipe
 from .report import write_report
+from .sources import load_photos
 
 logger = logging.getLogger(__name__)
 
@@ -92,34 +94,38 @@ def finetune(
     resume: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Run:
-    """Train a classifier on a folder of photos.
+    """Train a classifier on labelled photos.
 
     A run that was killed goes on from its last finished epoch with `resume=True` and ends, on the CPU, with the
     same weights bit for bit as if it had not been interrupted: all that is random in an epoch follows from the
     recipe's seed and the epoch's number.
 
     Args:
-        data: Folder that holds one folder a class.
+        data: Folder that holds one folder a class, a .csv or .parquet file, `hfds:` or `wds:`; see
+            `sources.load_photos`.
         out: Run folder to make. It will hold `model.safetensors`, `config.json` (timm's format), `metrics.json`,
             `recipe.toml`, `history.csv`, `tensorboard/` and, with validation photos, `report.html`.
         recipe: Name of a recipe, a TOML file, or a `Recipe`.
-        splits: Split files with the training photos; none takes every photo in `data`.
-        val: Split file with the validation photos. Without one, `recipe.val_fraction` of the training photos.
+        splits: Split files with the training photos, if `data` is a folder; none takes every photo in it.
+        val: Validation photos: a split file of the folder, or another source like `data`. Without it, those that
+            a table's column `split` names, or else `recipe.val_fraction` of the training photos.
         overrides: Values that replace the recipe's.
         resume: Go on with the run in `out`.
         on_progress: Called after every step and every epoch, in the main process.
 
     Raises:
         DataError: The photos are not as expected.
+        MissingExtraError: The library that reads `data` is not installed.
         RecipeError: The recipe is not valid.
         RunError: `out` holds another run, or none to resume, or can't be written.
         TrainingError: The loss is not finite, or memory runs out. The last good state is kept.
     """
     out = Path(out)
     recipe = load_recipe(recipe).replace(overrides or {})
-    train_photos = Photos.from_folder(data, splits=splits)
-    val_photos = Photos.from_folder(data, splits=[val], classes=train_photos.classes) if val else None
-    measured_on = Path(val).name if val else "the training photos"
+    train_photos, val_photos = load_photos(data, splits=splits, val=val)
+    measured_on = Path(val).name if val else f"val of {Path(data).name}" if val_photos else "the training photos"
+    if not train_photos:
+        raise DataError(f"all photos of {data} are for validation, none for training")
     if val_photos is None and recipe.val_fraction:
         train_photos, val_photos = split_photos(train_photos, recipe.val_fraction, recipe.seed)
         measured_on = f"{len(val_photos)} photos that were held out"
@@ -144,7 +150,7 @@ def finetune(
             job.resume()
         if recipe.fit_head and not job.state.history:
             _fit_head(job)
-            _keep(job, {"epoch": 0, "img_size": recipe.eval_size})
+            _keep(job, {"epoch": 0, "img_size": recipe.img_size})
         accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": job.state.update + 1}})
         while not job.finished:
             _set_up_epoch(job)
@@ -210,7 +216,8 @@ class _Job:
 
     @property
     def finished(self) -> bool:
-        waited = self.state.epoch - self.state.best_epoch
+        smaller = sum(epochs for _, epochs in self.recipe.smaller_first)  # none of them can be the best
+        waited = self.state.epoch - max(self.state.best_epoch, smaller)
         stop = bool(self.recipe.patience and self.state.best_top1 >= 0 and waited >= self.recipe.patience)
         return stop or self.state.epoch >= self.recipe.epochs
 
@@ -253,7 +260,7 @@ def _build(
     dataset = PhotoDataset(train_photos, None, cache_side=recipe.cache_side, squash=squash)
     imagenet = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     mean, std = dataset.pixel_statistics() if recipe.normalize == "data" else imagenet
-    size = (3, recipe.eval_size, recipe.eval_size)
+    size = (3, recipe.img_size, recipe.img_size)
     preprocessing = Preprocessing(size, recipe.interpolation, recipe.crop_pct, recipe.crop_mode, mean, std)
 
     num_classes = recipe.head_classes or len(train_photos.classes)
@@ -277,13 +284,15 @@ def _build(
         )
     smoothing = recipe.label_smoothing
     mixup = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=smoothing, num_classes=num_classes) if mixing else None
+    one_left = len(train_photos) > recipe.batch_size and len(train_photos) % recipe.batch_size == 1
     sampler = EpochSampler(train_photos.targets, recipe.seed, recipe.balance)
     loader: DataLoader[Any] = DataLoader(
         dataset,  # type: ignore[arg-type]  # any sequence will do
         batch_size=recipe.batch_size,
         sampler=sampler,
-        num_workers=recipe.workers,
-        drop_last=mixing,  # timm's Mixup pairs photos up
+        num_workers=_workers(recipe, accelerator),
+        pin_memory=accelerator.device.type == "cuda",
+        drop_last=mixing or one_left,  # timm's Mixup pairs photos up; batch norm needs more than one
     )
     task = _create_task(recipe, model, train_photos.classes, mixing, accelerator.device)
     optimizer = _create_optimizer(recipe, task.trainable_module)
@@ -319,6 +328,13 @@ def _build(
         scheduler,
         state,
     )
+
+
+def _workers(recipe: Recipe, accelerator: Accelerator) -> int:
+    """On a GPU the processors are free to prepare images, and one of them can't keep up."""
+    if recipe.workers >= 0:
+        return recipe.workers
+    return usable_cores() // accelerator.num_processes if accelerator.device.type == "cuda" else 0
 
 
 def _create_model(recipe: Recipe, num_classes: int) -> Any:
@@ -388,9 +404,9 @@ def _fingerprint(*lists: Photos | None) -> str:
     """A hash of which photos are used for what, and of their sizes."""
     digest = hashlib.sha256()
     for photos in filter(None, lists):
-        for path, target in zip(photos.paths, photos.targets, strict=True):
-            name = "/".join(path.parts[-2:])
-            digest.update(f"{name}\t{photos.classes[target]}\t{path.stat().st_size}\n".encode())
+        for path, name, target in zip(photos.paths, photos.names, photos.targets, strict=True):
+            size = path.stat().st_size if isinstance(path, Path) else path.size
+            digest.update(f"{name}\t{photos.classes[target]}\t{size}\n".encode())
         digest.update(b"\n")
     return digest.hexdigest()
 
@@ -408,11 +424,17 @@ def _prepare_folder(out: Path, recipe: Recipe, photos: str, resume: bool) -> Non
                 "bring them back, or start anew in another folder"
             )
         remove_leftovers(out)
-    elif out.exists() and any(out.iterdir()):
+    elif out.exists() and not all(_is_of_a_start(path) for path in out.iterdir()):
         raise RunError(f"{out} is not empty: resume the run in it with --resume, or take another folder")
     else:
-        write_text(saved, recipe.to_toml())
         write_text(fingerprint, photos + "\n")
+        write_text(saved, recipe.to_toml())  # last: with it, there is a run to resume
+        remove_leftovers(out)
+
+
+def _is_of_a_start(path: Path) -> bool:
+    """Whether a file is what a run leaves that was killed before there was anything to resume."""
+    return path.name == "photos.sha256" or path.name.startswith((".photos.sha256.", ".recipe.toml."))
 
 
 # Training -------------------------------------------------------------------------------------------------------------
@@ -460,7 +482,7 @@ def _train_epoch(job: _Job, on_progress: Callable[[Progress], None] | None) -> d
             "img_size": recipe.size_at(state.epoch),
             "lr": max(group["lr"] for group in job.optimizer.param_groups),
             "train_loss": total / step,
-            "images_per_second": step * recipe.batch_size / (time.monotonic() - started),
+            "images_per_second": min(step * recipe.batch_size, len(job.sampler)) / (time.monotonic() - started),
         }
         accelerator.log({"train/loss": value, "train/lr": row["lr"]}, step=state.update)
         job.scheduler.step_update(state.update)
@@ -532,12 +554,14 @@ def _run(
         model.eval()
     mine = range(accelerator.process_index, len(photos), accelerator.num_processes)
     outputs: list[tuple[int, Any]] = []
-    for start in range(0, len(mine), 32):
-        indices = mine[start : start + 32]
-        batch = torch.from_numpy(np.stack([preprocessing.read(photos.paths[i]) for i in indices]))
-        batch = batch.to(accelerator.device).contiguous(memory_format=torch.channels_last)
-        with accelerator.autocast():
-            outputs.extend(zip(indices, network(batch).float().cpu().numpy(), strict=True))
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        for start in range(0, len(mine), 32):
+            indices = mine[start : start + 32]
+            images = pool.map(preprocessing.read, (photos.paths[i] for i in indices))
+            batch = torch.from_numpy(np.stack(list(images)))
+            batch = batch.to(accelerator.device).contiguous(memory_format=torch.channels_last)
+            with accelerator.autocast():
+                outputs.extend(zip(indices, network(batch).float().cpu().numpy(), strict=True))
     if accelerator.num_processes > 1:
         outputs = sorted(gather_object(outputs), key=lambda pair: pair[0])
     return np.stack([output for _, output in outputs])
@@ -562,7 +586,7 @@ def _keep(job: _Job, row: dict[str, Any]) -> None:
         row |= {"val_top1": metrics.top1, "val_loss": metrics.loss, "val_macro_f1": metrics.macro_f1}
         job.accelerator.log({f"val/{k[4:]}": v for k, v in row.items() if k.startswith("val_")}, step=state.update)
     state.history.append(row)
-    at_final_size = row["img_size"] == job.recipe.eval_size
+    at_final_size = row["img_size"] == job.recipe.img_size
     if is_best := metrics is None or (at_final_size and metrics.top1 >= state.best_top1):
         state.best_epoch = state.epoch
         state.best_top1 = metrics.top1 if metrics else -1.0
@@ -585,23 +609,33 @@ def _write_metrics(job: _Job, metrics: Metrics) -> None:
 
 
 def _finish(job: _Job) -> None:
-    """Write `report.html` from the saved files, used as a user would; without validation photos, measure at least."""
-    if job.val_photos is None:
-        metrics = _measure(job, job.dataset.photos, job.recipe.eval_size)
-        if job.accelerator.is_main_process:
-            _write_metrics(job, metrics)
-    elif job.accelerator.is_main_process:
+    """Calibrate the saved classifier, measure it as a user would use it, and write `report.html`.
+
+    Without validation photos there is nothing to calibrate or report on: it is only measured, on the training photos.
+    """
+    if job.accelerator.is_main_process:
+        photos = job.val_photos or job.dataset.photos
         classifier = GarbageClassifier.from_pretrained(job.out)
-        logits = np.stack([np.asarray(item) for item in classifier.logits_stream(job.val_photos.paths)])
-        write_report(
-            job.out / "report.html",
-            title=job.out.name,
-            recipe=job.recipe,
-            metrics=job.best,
-            history=job.state.history,
-            photos=job.val_photos,
-            logits=logits,
-        )
+        logits = np.stack([np.asarray(item) for item in classifier.logits_stream(photos.paths)])
+        temperature = job.recipe.calibration
+        if job.val_photos and not temperature:
+            temperature = fit_temperature(logits, photos.targets)
+        if temperature:
+            hub.set_temperature(job.out, temperature)
+            logits = logits / temperature
+        metrics = compute_metrics(logits, photos.targets, photos.classes, classifier.parameters)
+        _write_metrics(job, replace(metrics, measured_on=job.measured_on))
+        if job.val_photos:
+            write_report(
+                job.out / "report.html",
+                title=job.out.name,
+                recipe=job.recipe,
+                metrics=job.best,
+                history=job.state.history,
+                photos=photos,
+                logits=logits,
+                model=job.out,
+            )
     job.accelerator.wait_for_everyone()
 
 
@@ -656,6 +690,14 @@ def _explained(out: Path, recipe: Recipe) -> Iterator[None]:
         raise TrainingError(
             f"memory ran out with batch_size = {recipe.batch_size}: start anew with "
             f"--set batch_size={half} --set accumulate={2 * recipe.accumulate}"
+        ) from error
+    except ValueError as error:
+        if "Expected more than 1 value per channel" not in str(error):  # batch norm's own
+            raise
+        raise RecipeError(
+            f"batch norm needs more than one value a channel, and one photo of img_size = {recipe.img_size} ends as "
+            f"one: expected batches of two or more photos a process, or larger images; got batch_size = "
+            f"{recipe.batch_size}"
         ) from error
 
 

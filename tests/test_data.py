@@ -22,7 +22,7 @@ from timm.data import create_transform
 from torch.utils.data import DataLoader
 
 from ghost_resnet import data as data_module
-from ghost_resnet.data import PhotoDataset, Photos, Preprocessing, find_images, read_image, resize
+from ghost_resnet.data import PhotoDataset, Photos, Preprocessing, count_images, find_images, read_image, resize
 from ghost_resnet.errors import ConfigError, DataError, UnreadableImageError
 
 COLOUR = (200, 100, 50)
@@ -539,7 +539,7 @@ def test_hidden_files_and_folders_are_left_out(folder: Path, caplog: pytest.LogC
 
 def test_a_hidden_folder_that_was_asked_for_is_searched(tmp_path: Path) -> None:
     root = write_folder(tmp_path / ".cache", {"metal": 2})
-    assert len(find_images(root)) == 2
+    assert len(list(find_images(root))) == 2 == count_images(root)
 
 
 def test_files_that_are_no_photos_are_left_out_with_a_warning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -15,7 +15,15 @@ import ghost_resnet
 from ghost_resnet import GarbageClassifier, Metrics
 from ghost_resnet.data import Photos, Preprocessing
 from ghost_resnet.errors import DataError, SourceError
-from ghost_resnet.evaluation import ClassMetrics, compute_metrics, evaluate
+from ghost_resnet.evaluation import ClassMetrics, Selective, compute_metrics, evaluate, fit_temperature
+
+
+def calibrated_outputs(photos: int, seed: int) -> tuple[npt.NDArray[np.float64], list[int]]:
+    """Outputs whose softmax is the probability of each class, and classes drawn with it."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, 2, (photos, 4))
+    scores = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    return logits, [int(rng.choice(4, p=row)) for row in scores]
 
 
 def outputs_for(predicted: list[int], outputs: int, margin: float = 5.0) -> npt.NDArray[np.float32]:
@@ -38,6 +46,19 @@ def test_counts_and_rates_by_hand() -> None:
     assert metrics.per_class["b"] == ClassMetrics(*map(pytest.approx, (1 / 2, 1 / 2, 1 / 2)), support=2)
     assert metrics.per_class["c"] == ClassMetrics(0.0, 0.0, 0.0, support=1)
     assert metrics.macro_f1 == pytest.approx((3 / 4 + 1 / 2 + 0) / 3)
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0, 3.0])
+def test_the_temperature_undoes_a_network_that_is_too_sure_or_not_sure_enough(factor: float) -> None:
+    logits, targets = calibrated_outputs(3000, seed=0)
+    assert fit_temperature(logits * factor, targets) == pytest.approx(factor, rel=0.1)
+
+
+def test_a_few_photos_that_are_all_answered_rightly_do_not_make_the_scores_all_one() -> None:
+    logits = outputs_for([0, 1, 2, 0], 3, margin=1.0)
+    temperature = fit_temperature(logits, [0, 1, 2, 0])
+    scores = torch.from_numpy(logits / temperature).softmax(1).amax(1)
+    assert 0.25 < temperature < 1 and scores.max() < 0.95
 
 
 def test_outputs_without_a_name_compete_and_have_a_column_of_their_own() -> None:
@@ -114,10 +135,46 @@ def test_all_right_all_wrong_and_one_photo_have_an_interval_too(predicted: list[
     assert metrics.top1_interval == (share, share)
 
 
+def logits_of(confidences: list[float]) -> npt.NDArray[np.float64]:
+    """Outputs of two classes whose first gets these probabilities."""
+    return np.log(np.array([[confidence, 1 - confidence] for confidence in confidences]))
+
+
+def test_below_the_threshold_there_is_no_answer_and_the_others_are_counted() -> None:
+    logits, targets = logits_of([0.95, 0.9, 0.8, 0.3, 0.6]), [0, 0, 1, 0, 0]
+    metrics = compute_metrics(logits, targets, ["a", "b"], 0, threshold=0.75)
+    assert metrics.selective == Selective(0.75, 3 / 5, pytest.approx(2 / 3)) and metrics.top1 == 3 / 5
+    assert compute_metrics(logits, targets, ["a", "b"], 0).selective == Selective(0.0, 1.0, 3 / 5)
+    assert compute_metrics(logits, targets, ["a", "b"], 0, threshold=0.99).selective == Selective(0.99, 0.0, None)
+
+
+def test_outputs_without_a_name_lower_the_score_but_are_no_answers() -> None:
+    """As in `predict`: the score is that of the best class with a name."""
+    logits = np.log([[0.3, 0.1, 0.6]])
+    assert compute_metrics(logits, [0], ["a", "b"], 0, threshold=0.29).selective == Selective(0.29, 1.0, 1.0)
+    assert compute_metrics(logits, [0], ["a", "b"], 0, threshold=0.31).selective == Selective(0.31, 0.0, None)
+
+
+def test_the_risk_coverage_curve_by_hand_and_the_threshold_for_an_accuracy() -> None:
+    confidences = np.linspace(0.51, 0.99, 100)
+    targets = (np.arange(100) < 40).astype(int)  # the forty least sure answers are wrong
+    metrics = compute_metrics(logits_of(confidences.tolist()), targets.tolist(), ["a", "b"], 0)
+    curve = metrics.risk_coverage
+    assert [point.coverage for point in curve] == pytest.approx(np.arange(1.0, 0.0, -0.05).tolist())
+    assert [point.accuracy for point in curve] == pytest.approx([min(1, 0.6 / point.coverage) for point in curve])
+    assert [point.threshold for point in curve] == pytest.approx(confidences[::5].tolist(), abs=1e-6)
+    assert metrics.threshold_for(1.0) == curve[8].threshold and metrics.threshold_for(0.6) == curve[0].threshold
+    assert metrics.threshold_for(0.74) == curve[4].threshold and curve[4].accuracy == 0.75
+    wrong = compute_metrics(logits_of([0.9] * 7), [1] * 7, ["a", "b"], 0)
+    assert wrong.threshold_for(0.5) is None and len(wrong.risk_coverage) == 1, "tied scores are one point"
+
+
 def test_metrics_come_back_from_json_as_they_were() -> None:
     metrics = compute_metrics(outputs_for([0, 1, 1, 7], 9), [0, 1, 0, 1], ["a", "b"], 21_565_060)
     back = Metrics.from_dict(json.loads(json.dumps(metrics.to_dict())))
     assert back == metrics
+    older = {name: value for name, value in metrics.to_dict().items() if name not in ("selective", "risk_coverage")}
+    assert Metrics.from_dict(older).top1 == metrics.top1
     assert isinstance(back.top1_interval, tuple) and isinstance(back.per_class["a"], ClassMetrics)
 
 
@@ -176,6 +233,15 @@ def test_evaluate_measures_calibrated_scores(classifier: GarbageClassifier, fold
     logits = np.stack(list(classifier.logits_stream(photos.paths)))  # type: ignore[arg-type]
     expected = torch.nn.functional.cross_entropy(torch.tensor(logits / 2.0), torch.tensor(photos.targets))
     assert evaluate(classifier, folder).loss == pytest.approx(float(expected))
+
+
+def test_evaluate_takes_the_classifier_s_threshold(classifier: GarbageClassifier, folder: Path) -> None:
+    answers = classifier.predict(Photos.from_folder(folder).paths)
+    classifier.threshold = float(np.median([answer.score for answer in answers]))
+    abstained = sum(answer.abstained for answer in classifier.predict(Photos.from_folder(folder).paths))
+    selective = evaluate(classifier, folder).selective
+    assert selective is not None and selective.threshold == classifier.threshold
+    assert 0 < abstained < len(answers) and selective.coverage == pytest.approx(1 - abstained / len(answers))
 
 
 def test_evaluate_names_every_photo_that_can_t_be_read(classifier: GarbageClassifier, folder: Path) -> None:

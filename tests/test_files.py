@@ -22,6 +22,11 @@ def test_text_is_written_as_utf_8_into_folders_that_are_made(tmp_path: Path) -> 
     assert names(path.parent) == [path.name]
 
 
+def test_a_file_is_synced_through_a_handle_that_may_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda handle: os.write(handle, b""))  # refused for readers, as Windows' fsync is
+    write_text(tmp_path / "x", "x")
+
+
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "metrics.json"
     write_text(path, "old")
