@@ -11,6 +11,8 @@ from PIL import Image, ImageDraw
 from torch import nn
 
 import ghost_resnet
+from ghost_resnet.folding import split_ghost_norms
+from ghost_resnet.ghost_resnet import GhostBottleneck
 
 NETWORKS = timm.list_models("*ghost_resnet*")
 KEPT = {"ghost_resnet50": 16, "ghost_resnet50_cifar": 16, "ghost_resnet101": 33, "ghost_resnet152": 50}
@@ -186,3 +188,36 @@ def test_forward_that_depends_on_values_is_a_trace_error() -> None:
 
     with pytest.raises(torch.fx.proxy.TraceError):
         ghost_resnet.fold_batch_norm(Dynamic())
+
+
+# The norm after a Ghost module, in front of the concatenation
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kwargs", [{}, {"ratio": 3}, {"output_stride": 16}])
+def test_split_norms_give_the_same_outputs(photos: torch.Tensor, kwargs: dict) -> None:
+    model = trained("ghost_resnet50", photos, layers=(1, 1, 1, 1), **kwargs).eval()
+    for norm in (block.bn1 for block in model.modules() if isinstance(block, GhostBottleneck)):
+        norm.weight[::3] *= -1  # the rewriting must hold for scales and shifts of every sign
+        signs = zip((norm.weight > 0).tolist(), (norm.bias > 0).tolist(), strict=True)
+        assert len(set(signs)) == 4
+    before = copy.deepcopy(model.state_dict())
+    split = split_ghost_norms(model)
+    expected = model(photos)
+    assert expected.std(dim=0).max() > 1e-3 * expected.abs().max()
+    assert (split(photos) - expected).abs().max() <= 1e-6 * expected.abs().max()
+    folded = ghost_resnet.fold_batch_norm(split)
+    assert (folded(photos) - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_split_norms_are_in_front_of_the_concatenation() -> None:
+    split = split_ghost_norms(timm.create_model("ghost_resnet50"))
+    assert sum(name.endswith(("primary_norm.0", "cheap_norm.0")) for name in norms(split)) == 2 * 16
+    assert not any(name.endswith(".bn1") for name in norms(split) if name.startswith("layer"))
+
+
+def test_networks_without_that_norm_are_left_alone() -> None:
+    for name in ("ghost_resnet50_s4", "resnet18"):
+        model = timm.create_model(name, device="meta")
+        assert norms(split_ghost_norms(model)) == norms(model)

@@ -8,33 +8,52 @@ import torch
 from torch.fx.proxy import TraceError
 
 from .. import hub
+from ..errors import BackendError
 from ..folding import fold_batch_norm
 
 logger = logging.getLogger(__name__)
 
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 class TorchRuntime:
-    """Eager PyTorch: batch norms folded where torch.fx can, channels_last, on the GPU if there is one.
+    """PyTorch: batch norms folded where torch.fx can, channels_last, on the GPU if there is one.
 
     channels_last is also what sends the depthwise convolutions to cuDNN on a GPU; see `docs/cuda.md`.
 
     Args:
         files: What `hub.resolve` returned.
         device: Such as "cpu" or "cuda:1"; None takes a GPU if there is one.
+        precision: "fp32", "bf16" or "fp16"; None takes fp16 on a GPU and fp32 elsewhere.
+        compile: Compile the network with `torch.compile` when the first batch comes.
+
+    Raises:
+        BackendError: A precision that the device does not compute in.
     """
 
-    def __init__(self, files: hub.ModelFiles, device: str | None = None) -> None:
+    def __init__(
+        self, files: hub.ModelFiles, device: str | None = None, precision: str | None = None, compile: bool = False
+    ) -> None:
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if precision is None:
+            precision = "fp16" if self.device.type == "cuda" else "fp32"
+        if precision not in _DTYPES:
+            raise BackendError(f"the torch back end computes in {', '.join(_DTYPES)}, got precision {precision!r}")
+        if self.device.type == "cpu" and (
+            precision == "fp16" or (precision == "bf16" and not torch.cpu._is_avx512_bf16_supported())
+        ):
+            raise BackendError(f"this CPU does not compute in {precision} natively: take fp32")
         model = hub.load_model(files)
         self.parameters = sum(p.numel() for p in model.parameters())
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         try:
             model = fold_batch_norm(model)
         except TraceError as error:  # as of some of timm's networks
             logger.info("batch norms stay as they are: %s", error)
-        self.model = model.to(self.device).to(memory_format=torch.channels_last)
+        self.dtype = _DTYPES[precision]  # cast once; autocast would convert the weights again for every batch
+        model = model.to(self.device, self.dtype).to(memory_format=torch.channels_last)
+        self.model = torch.compile(model) if compile else model
 
     @torch.inference_mode()
     def __call__(self, batch: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        images = torch.from_numpy(batch).to(self.device, memory_format=torch.channels_last)
-        with torch.autocast("cuda", torch.float16, enabled=self.device.type == "cuda"):
-            return self.model(images).float().cpu().numpy()
+        images = torch.from_numpy(batch).to(self.device, self.dtype, memory_format=torch.channels_last)
+        return self.model(images).float().cpu().numpy()
