@@ -1,10 +1,16 @@
 """The classifier: right scores, in order, lazily, whatever comes in between."""
 
+import contextlib
+import http.server
+import io
 import itertools
 import json
+import math
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,12 +22,13 @@ import pytest
 import timm
 import torch
 from drawing import draw, encode
+from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
 import ghost_resnet
-from ghost_resnet import GarbageClassifier, Prediction, hub
+from ghost_resnet import GarbageClassifier, Prediction, data, hub
 from ghost_resnet.data import Preprocessing
-from ghost_resnet.errors import ConfigError, SourceError, UnreadableImageError
+from ghost_resnet.errors import ConfigError, OverflowedError, SourceError, UnreadableImageError
 from ghost_resnet.runtimes.torch import TorchRuntime
 
 LABELS = ("cardboard", "glass", "metal", "paper", "plastic", "trash")
@@ -71,6 +78,19 @@ def test_five_scores_at_most_and_ties_in_class_order() -> None:
 def test_temperature_divides_the_outputs() -> None:
     prediction = GarbageClassifier(Echo(2), ["a", "b"], RAW, temperature=2.5).predict(photo(5, 0))
     assert prediction.score == pytest.approx(softmax([2, 0])[0], abs=1e-6)
+
+
+def test_below_the_threshold_there_is_no_label_but_the_scores_stay() -> None:
+    sure = GarbageClassifier(Echo(2), ["a", "b"], RAW).predict(photo(1, 2))
+    classifier = GarbageClassifier(Echo(2), ["a", "b"], RAW, threshold=sure.score)
+    assert classifier.predict(photo(1, 2)) == sure and not sure.abstained
+    unsure = GarbageClassifier(Echo(2), ["a", "b"], RAW, threshold=sure.score + 1e-9).predict(photo(1, 2))
+    assert unsure == Prediction("", sure.score, sure.scores) and unsure.abstained
+    assert unsure.to_report() == {"predicted_label": None, "scores": [["b", "0.731"], ["a", "0.269"]]}
+    assert not classifier.predict(b"no image").abstained
+    for threshold in (-0.1, 1.1, math.nan):
+        with pytest.raises(ConfigError, match="threshold must be from 0 to 1"):
+            GarbageClassifier(Echo(2), ["a", "b"], RAW, threshold=threshold)
 
 
 def test_outputs_without_a_label_are_no_answer_but_keep_their_share() -> None:
@@ -199,6 +219,243 @@ def test_the_report_s_json_shape() -> None:
 def test_a_temperature_that_is_none_is_refused(temperature: Any) -> None:
     with pytest.raises(ConfigError, match="temperature must be a number above 0"):
         GarbageClassifier(Echo(), ["a"], RAW, temperature=temperature)
+
+
+# What goes in
+
+
+def test_every_kind_of_source_gives_the_same_answer_alone_and_in_a_stream(tmp_path: Path, run_folder: Path) -> None:
+    classifier = GarbageClassifier.from_pretrained(run_folder, device="cpu")
+    picture = draw(60, 44)
+    path = tmp_path / "photo.png"
+    picture.save(path)
+    content, array = path.read_bytes(), np.asarray(picture)
+    tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
+    with path.open("rb") as file, Image.open(path) as unread:
+        sources = [path, str(path), content, bytearray(content), file, io.BytesIO(content), unread, array, tensor]
+        alone = [classifier.predict(source) for source in sources]
+        together = classifier.predict(sources)
+        assert not file.closed
+    expected = pytest.approx(dict(alone[0].scores), abs=1e-5)
+    assert all(dict(answer.scores) == expected for answer in (*alone, *together)), [a.error for a in alone]
+
+
+def test_an_array_or_tensor_of_four_dimensions_is_several_photos() -> None:
+    classifier = GarbageClassifier(Echo(2), ["a", "b"], RAW)
+    batch = np.stack([photo(1, 0), photo(0, 1), photo(2, 0)])
+    assert [answer.label for answer in classifier.predict(batch)] == ["a", "b", "a"]
+    tensors = torch.from_numpy(batch).permute(0, 3, 1, 2)
+    assert [answer.label for answer in classifier.predict(tensors)] == ["a", "b", "a"]
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.zeros(3, 4, 4), torch.zeros(5, 4, 3, dtype=torch.uint8), torch.zeros(4, 4, dtype=torch.uint8)],
+    ids=["float", "five channels", "two dimensions"],
+)
+def test_a_tensor_that_is_no_photo_is_an_error_with_its_type_and_shape(tensor: torch.Tensor) -> None:
+    error = GarbageClassifier(Echo(2), ["a", "b"], RAW).predict(tensor).error
+    assert f"got {tensor.dtype} of shape {tuple(tensor.shape)}" in str(error)
+
+
+def test_no_source_whatever_raises() -> None:
+    class Failing(io.BytesIO):
+        def read(self, *_: Any) -> bytes:
+            raise OSError("card removed")
+
+    classifier = GarbageClassifier(Echo(2), ["a", "b"], RAW)
+    closed = io.BytesIO()
+    closed.close()
+    bad: list[Any] = [None, 7, object(), "", b"", io.StringIO("text"), closed, Failing(), np.zeros(3), "no\0name", {}]
+    answers = classifier.predict([*bad, photo(1)])
+    assert [answer.error is None for answer in answers] == [False] * len(bad) + [True]
+    assert "card removed" in str(answers[7].error)
+    assert classifier.predict(None).error and classifier.predict(7).error  # type: ignore[call-overload]
+
+
+def test_what_the_caller_closes_or_overwrites_when_it_goes_on_was_read_before(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{value}.png" for value in range(40)]
+    for value, path in enumerate(paths):
+        Image.fromarray(photo(value)).save(path)
+    frame = np.zeros((4, 4, 3), np.uint8)
+
+    def files() -> Iterator[Any]:
+        for path in paths:
+            with path.open("rb") as file:
+                yield file
+
+    def images() -> Iterator[Any]:
+        for path in paths:
+            with Image.open(path) as image:
+                yield image
+
+    def frames() -> Iterator[Any]:
+        for value in range(40):
+            frame[0, 0, 0] = value
+            yield frame
+
+    classifier = GarbageClassifier(Echo(2), ["a", "b"], RAW)
+    for source in (files(), images(), frames()):
+        assert [round(float(logits[0])) for logits in classifier.logits_stream(source)] == list(range(40))
+
+
+class Site(http.server.BaseHTTPRequestHandler):
+    """Pages by name."""
+
+    def do_GET(self) -> None:
+        content = encode(draw(4, 4), "PNG")
+        if self.path == "/photo.png":
+            self.answer(200, content)
+        elif self.path == "/moved":
+            self.answer(302, b"", Location="/photo.png")
+        elif self.path == "/to-a-file":
+            self.answer(302, b"", Location="file:///etc/hostname")
+        elif self.path == "/to-ftp":
+            self.answer(302, b"", Location="ftp://127.0.0.1/photo.png")
+        elif self.path == "/cut":
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content[:-9])
+        elif self.path == "/endless":
+            self.send_response(200)
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                while True:
+                    self.wfile.write(bytes(2**16))
+        elif self.path == "/slow":
+            self.send_response(200)
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                for _ in range(200):
+                    self.wfile.write(b"x")
+                    time.sleep(0.05)
+        else:
+            self.answer(404 if self.path == "/none" else 200, b"<html>")
+
+    def answer(self, status: int, content: bytes, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(content)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def site() -> Iterator[str]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Site) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_urls_are_downloaded_and_bad_ones_are_errors_that_name_them(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "MAX_DOWNLOAD", 10**6)
+    monkeypatch.setattr(data, "DOWNLOAD_SECONDS", 0.5)
+    classifier = GarbageClassifier(Echo(2), ["a", "b"], RAW)
+    expected = classifier.predict(encode(draw(4, 4), "PNG"))
+    bad = {
+        "/none": "404",
+        "/to-a-file": "not allowed",
+        "/to-ftp": "redirected to ftp, which is not followed",
+        "/cut": "bytes are missing",
+        "/endless": "expected at most 1,000,000 bytes",
+        "/slow": "more than 0.5 s",
+        "/page": "no image of a kind",
+    }
+    start = time.monotonic()
+    answers = classifier.predict([f"{site}{page}" for page in ("/photo.png", *bad, "/moved")])
+    assert time.monotonic() - start < 8
+    assert answers[0] == answers[-1] == expected
+    for page, answer in zip(bad, answers[1:-1], strict=True):
+        assert bad[page] in str(answer.error) and f"{site}{page}" in str(answer.error)
+    for url in ("http://127.0.0.1:1/x.png", "http://", "https://[bad/x", "http://host:port/"):
+        assert url in str(classifier.predict(url).error)
+
+
+def test_outputs_that_overflow_are_an_error_and_no_scores() -> None:
+    class Overflowing(Echo):
+        def __call__(self, batch: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+            return np.where(batch[:, 0, 0, :2] == 9, np.inf, batch[:, 0, 0, :2])
+
+    answers = GarbageClassifier(Overflowing(), ["a", "b"], RAW).predict([photo(1), photo(9), photo(0, 1)])
+    assert [answer.label for answer in answers] == ["a", "", "b"]
+    assert isinstance(answers[1].error, OverflowedError) and answers[1].scores == []
+    assert answers[1].to_report()["predicted_label"] is None
+
+
+# Threads
+
+
+def test_eight_threads_get_the_answers_of_one(run_folder: Path) -> None:
+    classifier = GarbageClassifier.from_pretrained(run_folder, device="cpu")
+    photos = [draw(seed=seed) for seed in range(6)]
+    expected = [dict(answer.scores) for answer in classifier.predict(photos)]
+    start = threading.Barrier(8)
+
+    def job(number: int) -> list[Prediction]:
+        start.wait(30)
+        return classifier.predict(photos) if number % 2 else [classifier.predict(one) for one in photos]
+
+    with ThreadPoolExecutor(8) as pool:
+        for answers in pool.map(job, range(8)):
+            for answer, scores in zip(answers, expected, strict=True):
+                assert dict(answer.scores) == pytest.approx(scores, abs=1e-5)
+
+
+def threads() -> set[threading.Thread]:
+    return set(threading.enumerate())
+
+
+def test_the_error_of_a_source_comes_after_the_answers_before_it_and_leaves_no_thread() -> None:
+    def photos() -> Iterator[npt.NDArray[np.uint8]]:
+        for number in range(21):
+            yield photo(number % 2, 1 - number % 2)
+        raise RuntimeError("camera unplugged")
+
+    before = threads()
+    answers = []
+    with pytest.raises(RuntimeError, match="camera unplugged"):
+        for answer in GarbageClassifier(Echo(2), ["a", "b"], RAW).predict_stream(photos(), batch_size=4):
+            answers.append(answer.label)
+    assert answers == ["b" if number % 2 == 0 else "a" for number in range(21)]
+    assert threads() == before
+
+
+@pytest.mark.parametrize("taken", [1, 9, 40])
+def test_a_stream_that_is_closed_early_or_whose_network_fails_leaves_no_thread(taken: int) -> None:
+    class Failing(Echo):
+        def __call__(self, batch: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+            raise MemoryError("no room")
+
+    before = threads()
+    stream = GarbageClassifier(Echo(2), ["a", "b"], RAW).predict_stream([photo(1)] * 100, batch_size=8)
+    for _ in range(taken):
+        next(stream)
+    assert threads() > before
+    stream.close()  # type: ignore[attr-defined]
+    assert threads() == before
+    with pytest.raises(MemoryError):
+        GarbageClassifier(Failing(), ["a"], RAW).predict([photo(1)] * taken)
+    assert threads() == before
+
+
+def test_the_network_runs_the_next_batch_while_the_caller_handles_the_last() -> None:
+    ran = threading.Semaphore(0)
+
+    class Telling(Echo):
+        def __call__(self, batch: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+            ran.release()
+            return super().__call__(batch)
+
+    stream = GarbageClassifier(Telling(2), ["a", "b"], RAW).predict_stream([photo(1)] * 24, batch_size=8)
+    next(stream)
+    for _ in range(3):  # though nobody asks for a second answer
+        assert ran.acquire(timeout=30)
+    stream.close()  # type: ignore[attr-defined]
 
 
 # From a run folder, on torch

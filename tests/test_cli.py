@@ -102,6 +102,23 @@ def test_json_jsonl_and_csv_keep_the_place_of_a_broken_photo(
     assert [row["error"] for row in rows] == ["", str(answers[1].error), ""]
 
 
+def test_below_the_threshold_no_format_gives_a_label(
+    run_folder: Path, photos: Path, classifier: GarbageClassifier
+) -> None:
+    answers = [classifier.predict(photos / name) for name in ("1.png", "3.png")]
+    low, high = sorted(answer.score for answer in answers)
+    arguments = ["--model", run_folder, "--threshold", (low + high) / 2, photos / "1.png", photos / "3.png"]
+    labels = [answer.label if answer.score == high else None for answer in answers]
+    assert [
+        row["predicted_label"] for row in json.loads(call("predict", "--format", "json", *arguments).stdout)
+    ] == labels
+    rows = list(csv.DictReader(io.StringIO(call("predict", "--format", "csv", *arguments).stdout)))
+    assert [row["label"] or None for row in rows] == labels and [row["error"] for row in rows] == ["", ""]
+    lines = call("predict", *arguments).stdout.splitlines()
+    assert [None if ": no answer, " in line else line.split()[1] for line in lines] == labels
+    assert call("predict", "--threshold", "1.1", photos / "1.png").exit_code == 2
+
+
 def test_paths_and_folders_are_taken_in_the_order_given(run_folder: Path, photos: Path) -> None:
     result = call("predict", "--model", run_folder, photos / "3.png", photos, "none.jpg")
     assert result.exit_code == 1
@@ -202,6 +219,21 @@ def test_evaluate_prints_the_report_s_lines_and_a_row_for_each_class(
         )
     assert len({len(line) for line in lines[5:]}) == 1  # the columns are straight
     assert Metrics.from_dict(json.loads(output.read_text())) == expected
+
+
+def test_evaluate_says_what_a_threshold_leaves(run_folder: Path, tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "photos", {"glass": 2, "metal": 3})
+    assert "Threshold" not in call("evaluate", "--model", run_folder, "--data", root).stdout
+    scores = sorted(GarbageClassifier.from_pretrained(run_folder).predict(root.glob("*/*")), key=lambda p: p.score)
+    threshold = (scores[1].score + scores[2].score) / 2
+    arguments = ["evaluate", "--model", run_folder, "--data", root, "--json", tmp_path / "metrics.json", "--threshold"]
+    result = call(*arguments, threshold)
+    selective = Metrics.from_dict(json.loads((tmp_path / "metrics.json").read_text())).selective
+    assert selective is not None and selective.coverage == 0.6
+    assert (
+        f"Threshold {threshold:g}: coverage 0.6000, accuracy of the answers {selective.accuracy:.4f}\n" in result.stdout
+    )
+    assert "coverage 0.0000\n" in call(*arguments, 1).stdout
 
 
 def test_evaluate_names_photos_that_can_t_be_read_and_exits_2(run_folder: Path, tmp_path: Path) -> None:
