@@ -240,7 +240,7 @@ def plot(result: Mapping[str, Any], path: str | Path) -> None:
         [row["folder"]["median"] - row["folder"]["low"] for row in rows],
         [row["folder"]["high"] - row["folder"]["median"] for row in rows],
     ]
-    colours = ["#9aa7b5" if row["name"].startswith("plain") else "#1f77b4" for row in rows]
+    colours = ["#9aa7b5" if row["name"].startswith(("plain ", f"{TRANSFORMERS} ")) else "#1f77b4" for row in rows]
     bars = axes.barh([row["name"] for row in rows], medians, xerr=spread, color=colours, ecolor="#5d6b7c")
     axes.bar_label(bars, [f"{value:.0f}" for value in medians], padding=6, fontsize=9)
     axes.invert_yaxis()

@@ -46,6 +46,13 @@ def test_without_the_plain_script_there_are_no_ratios() -> None:
     assert "x)" not in to_markdown({**RESULT, "rows": RESULT["rows"][1:]})
 
 
+def test_rivals_are_drawn_in_another_colour_than_our_own(tmp_path: Path) -> None:
+    rows = [{**RESULT["rows"][0], "name": name} for name in ("plain resnet50", "transformers resnet50", "ours onnx")]
+    plot({**RESULT, "rows": rows}, tmp_path / "bench.svg")
+    text = (tmp_path / "bench.svg").read_text()
+    assert (text.count("fill: #9aa7b5"), text.count("fill: #1f77b4")) == (2, 1)
+
+
 def test_the_plot_names_everything_that_took_part(tmp_path: Path) -> None:
     plot(RESULT, tmp_path / "bench.svg")
     text = (tmp_path / "bench.svg").read_text(encoding="utf-8")
