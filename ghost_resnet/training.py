@@ -284,7 +284,7 @@ def _build(
         )
     smoothing = recipe.label_smoothing
     mixup = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=smoothing, num_classes=num_classes) if mixing else None
-    one_left = len(train_photos) > recipe.batch_size and len(train_photos) % recipe.batch_size == 1
+    few_left = len(train_photos) > recipe.batch_size and len(train_photos) % recipe.batch_size < recipe.batch_size / 2
     sampler = EpochSampler(train_photos.targets, recipe.seed, recipe.balance)
     loader: DataLoader[Any] = DataLoader(
         dataset,  # type: ignore[arg-type]  # any sequence will do
@@ -292,7 +292,7 @@ def _build(
         sampler=sampler,
         num_workers=_workers(recipe, accelerator),
         pin_memory=accelerator.device.type == "cuda",
-        drop_last=mixing or one_left,  # timm's Mixup pairs photos up; batch norm needs more than one
+        drop_last=mixing or few_left,  # timm's Mixup pairs photos up; batch norm blows up on a handful of photos
     )
     task = _create_task(recipe, model, train_photos.classes, mixing, accelerator.device)
     optimizer = _create_optimizer(recipe, task.trainable_module)
