@@ -514,6 +514,20 @@ def test_the_torch_runtime_folds_batch_norms_and_keeps_no_graph(run_folder: Path
     assert outputs.dtype == np.float32 and outputs.shape == (2, 8)
 
 
+def test_torch_computes_in_one_thread_only(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pools of OpenMP threads that belong to several would get in each other's way."""
+    threads: list[int] = []
+    load = hub.load_model
+    monkeypatch.setattr(hub, "load_model", lambda files: (threads.append(threading.get_ident()), load(files))[1])
+    classifier = GarbageClassifier.from_pretrained(run_folder, device="cpu")
+    classifier.runtime.model.register_forward_hook(lambda *_: threads.append(threading.get_ident()))
+    classifier.predict(draw())
+    classifier.predict([draw(), draw()])
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(classifier.predict, [draw(), draw()]))
+    assert len(threads) == 5 and len(set(threads)) == 1
+
+
 def test_a_network_that_can_t_be_traced_runs_unfolded(tmp_path: Path) -> None:
     model = timm.create_model("mobilevit_xxs", num_classes=2).eval()
     hub.save_pretrained(model, tmp_path, labels=["a", "b"], preprocessing={"input_size": (3, 64, 64)})

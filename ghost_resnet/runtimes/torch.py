@@ -1,10 +1,12 @@
 """Running a network with PyTorch."""
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 from torch.fx.proxy import TraceError
 
 from .. import hub
@@ -20,6 +22,10 @@ class TorchRuntime:
     """PyTorch: batch norms folded where torch.fx can, channels_last, on the GPU if there is one.
 
     channels_last is also what sends the depthwise convolutions to cuDNN on a GPU; see `docs/cuda.md`.
+
+    All of it happens in one thread of its own. Every thread that PyTorch computes in has a pool of OpenMP threads; when
+    the pools together have more threads than the machine has cores, they sleep at every layer's end instead of waiting
+    awake, and a photo takes 1.4 times as long (`docs/speed.md`).
 
     Args:
         files: What `hub.resolve` returned.
@@ -43,17 +49,25 @@ class TorchRuntime:
             precision == "fp16" or (precision == "bf16" and not torch.cpu._is_avx512_bf16_supported())
         ):
             raise BackendError(f"this CPU does not compute in {precision} natively: take fp32")
+        self.dtype = _DTYPES[precision]
+        self._thread = ThreadPoolExecutor(1, "ghost-resnet")
+        model = self._thread.submit(self._load, files).result()
+        self.model = torch.compile(model) if compile else model
+
+    def _load(self, files: hub.ModelFiles) -> nn.Module:
         model = hub.load_model(files)
         self.parameters = sum(p.numel() for p in model.parameters())
         try:
             model = fold_batch_norm(model)
         except TraceError as error:  # as of some of timm's networks
             logger.info("batch norms stay as they are: %s", error)
-        self.dtype = _DTYPES[precision]  # cast once; autocast would convert the weights again for every batch
-        model = model.to(self.device, self.dtype).to(memory_format=torch.channels_last)
-        self.model = torch.compile(model) if compile else model
+        # cast once; autocast would convert the weights again for every batch
+        return model.to(self.device, self.dtype).to(memory_format=torch.channels_last)
+
+    def __call__(self, batch: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        return self._thread.submit(self._run, batch).result()
 
     @torch.inference_mode()
-    def __call__(self, batch: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    def _run(self, batch: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         images = torch.from_numpy(batch).to(self.device, self.dtype, memory_format=torch.channels_last)
         return self.model(images).float().cpu().numpy()
