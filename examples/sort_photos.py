@@ -14,6 +14,7 @@ import typer
 
 from ghost_resnet import GarbageClassifier
 from ghost_resnet.data import find_images
+from ghost_resnet.files import file_name
 
 
 def main(photos: Path, out: Path, model: str, unsure_below: float = 0.5) -> None:
@@ -28,7 +29,7 @@ def main(photos: Path, out: Path, model: str, unsure_below: float = 0.5) -> None
             name = path.relative_to(photos)
             rows.writerow([name.as_posix(), answer.label, f"{answer.score:.3f}", answer.error or ""])
             if not answer.error:
-                target = out / (answer.label if answer.score >= unsure_below else "unsure") / name
+                target = out / (file_name(answer.label) if answer.score >= unsure_below else "unsure") / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(path, target)
 

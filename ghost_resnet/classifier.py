@@ -192,6 +192,8 @@ class GarbageClassifier:
         self, photos: Iterable[ImageSource], batch_size: int
     ) -> Generator[tuple[str, npt.NDArray[np.float32] | UnreadableImageError], None, None]:
         """The name and the outputs, or the error, of each photo."""
+        if batch_size < 1:
+            raise ConfigError(f"expected a batch_size of 1 or more, got {batch_size}")
         remaining = iter(photos)
         readers, network = ThreadPoolExecutor(usable_cores()), ThreadPoolExecutor(1)
         pending: deque[tuple[list[str], Future[list[Any]]]] = deque()

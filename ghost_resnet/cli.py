@@ -344,7 +344,8 @@ def hub_convert(
     from .conversion import convert
 
     with _errors_as_exit_2():
-        typer.echo(convert(checkpoint, out, labels=labels.split(","), architecture=architecture))
+        names = [name.strip() for name in labels.split(",")]
+        typer.echo(convert(checkpoint, out, labels=names, architecture=architecture))
 
 
 @hub_app.command("embed", hidden=True)
@@ -460,7 +461,7 @@ def explain(
     Exit status: 0 all explained; 1 some could not be read (each is named on stderr); 2 wrong use.
     """
     from .explain import Explainer
-    from .files import atomic_path
+    from .files import atomic_path, file_name
 
     failed = False
     with _errors_as_exit_2():
@@ -472,7 +473,7 @@ def explain(
                 typer.echo(f"ghost-resnet: {error}", err=True)
                 failed = True
                 continue
-            path = out / f"{name}.{explanation.label}.png"
+            path = out / f"{name}.{file_name(explanation.label)}.png"
             with atomic_path(path) as temporary:
                 explanation.overlay.save(temporary, "PNG")
             typer.echo(f"{photo}: {explanation.label}, {path}")

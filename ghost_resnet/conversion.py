@@ -10,6 +10,7 @@ import torch
 
 from . import hub
 from .errors import WeightsError
+from .files import is_free
 
 
 def convert(
@@ -39,8 +40,10 @@ def convert(
         The folder.
 
     Raises:
-        WeightsError: The file holds more than tensors, or does not fit the architecture.
+        WeightsError: The file holds more than tensors, or does not fit the architecture; the folder holds something.
     """
+    if not is_free(Path(folder)):
+        raise WeightsError(f"expected a folder to make, or an empty one, got {folder}")
     state = _read(Path(checkpoint))
     if "fc.weight" not in state:
         raise WeightsError(f"expected the report's names (conv1, conv2_x, ..., fc) in {checkpoint}")

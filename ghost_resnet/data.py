@@ -10,6 +10,7 @@ import os
 import sys
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -33,6 +34,14 @@ logger = logging.getLogger(__name__)
 IMAGE_SUFFIXES = frozenset(
     [".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm"]
 )
+UNREAD_SUFFIXES = frozenset(
+    [".heic", ".heif", ".hif", ".dng", ".raw", ".arw", ".cr2", ".cr3", ".nef", ".orf", ".pef", ".raf", ".rw2", ".srw"]
+)
+"""Photos as phones and cameras may store them, which are not read."""
+CONVERT = "convert to JPEG; an iPhone takes JPEGs with Settings > Camera > Formats > Most Compatible"
+"""What to do about them."""
+SPLIT_NAMES = ("train", "val", "valid", "validation", "test")
+"""Folders so named that hold folders are taken for splits, not for classes."""
 MAX_PIXELS = 100_000_000
 """Photos with more pixels than this are refused before they are decoded."""
 MAX_ASPECT = 20
@@ -104,7 +113,10 @@ def read_image(source: ImageSource, *, min_side: int | None = None) -> Image.Ima
     except UnreadableImageError:
         raise
     except UnidentifiedImageError as error:
-        raise UnreadableImageError(f"{name}: no image of a kind that is read ({', '.join(_formats())})") from error
+        advice = f"; {CONVERT}" if _has_suffix(name, UNREAD_SUFFIXES) else ""
+        raise UnreadableImageError(
+            f"{name}: no image of a kind that is read ({', '.join(_formats())}){advice}"
+        ) from error
     except Image.DecompressionBombError as error:
         raise UnreadableImageError(f"{name}: far too many pixels ({error}); resize it first") from error
     except Exception as error:  # Pillow's readers raise anything on a damaged file
@@ -404,7 +416,8 @@ class Photos:
                 names of the class folders, sorted.
 
         Raises:
-            DataError: No such folder, no photos, a listed photo that is missing, an unknown class.
+            DataError: No such folder, no photos, a listed photo that is missing, an unknown class, folders of splits
+                instead of classes.
         """
         root = Path(root)
         if not root.is_dir():
@@ -418,14 +431,25 @@ class Photos:
             if splits
             else [path.relative_to(root) for name in found for path in find_images(root / name)]
         )
-        if unknown := sorted({path.parts[0] for path in listed} - set(order)):
+        unknown = sorted({path.parts[0] for path in listed} - set(order))
+        nested = any(len(path.parts) > 2 for path in listed)
+        if nested and (unknown or classes is None) and all(name.lower() in SPLIT_NAMES for name in found):
+            train, *others = sorted(found, key=lambda name: SPLIT_NAMES.index(name.lower()))
+            val = [f" --val {root / name}" for name in others if name.lower() != "test"]
+            raise DataError(
+                f"{root} looks like a folder of splits ({', '.join(found)}), not of classes: "
+                f"use --data {root / train}{''.join(val[:1])}"
+            )
+        if unknown:
             raise DataError(
                 f"{root} has the classes {', '.join(unknown)}, which are not among {', '.join(order)}: "
                 "take a model that knows them, or remove these photos"
             )
         if not listed:
             where = f"listed in {', '.join(map(str, splits))}" if splits else f"under {root}"
-            raise DataError(f"no photos {where}: expected {root}/<class>/<photo>.jpg")
+            unread = [] if splits else [path for path in _files(root) if _has_suffix(path, UNREAD_SUFFIXES)]
+            advice = f"; {len(unread)} are in a format that is not read, {unread[0]} first: {CONVERT}" if unread else ""
+            raise DataError(f"no photos {where}: expected {root}/<class>/<photo>.jpg{advice}")
         if classes is None and not splits and (empty := set(order) - {path.parts[0] for path in listed}):
             logger.warning("%s: no photos of %s, which is a class all the same", root, ", ".join(sorted(empty)))
         index = {name: i for i, name in enumerate(order)}
@@ -437,20 +461,26 @@ def find_images(folder: Path) -> Iterator[Path]:
 
     Links to files are followed, links to folders below `folder` are not.
     """
-    left_out, first = 0, None
+    left_out, first = Counter[str](), dict[str, Path]()
     for path in _files(folder):
-        if path.suffix.lower() in IMAGE_SUFFIXES:
+        if _has_suffix(path, IMAGE_SUFFIXES):
             yield path
         else:
-            left_out += 1
-            first = first or path
-    if left_out:
-        logger.warning("%d in %s left out that are no photos, %s first", left_out, folder, first)
+            unread = _has_suffix(path, UNREAD_SUFFIXES)
+            why = f"whose format is not read ({CONVERT})" if unread else "that are no photos"
+            left_out[why] += 1
+            first.setdefault(why, path)
+    for why, count in left_out.items():
+        logger.warning("%d in %s left out %s, %s first", count, folder, why, first[why])
 
 
 def count_images(folder: Path) -> int:
     """The number of image files that `find_images` finds."""
-    return sum(path.suffix.lower() in IMAGE_SUFFIXES for path in _files(folder))
+    return sum(_has_suffix(path, IMAGE_SUFFIXES) for path in _files(folder))
+
+
+def _has_suffix(path: str | Path, suffixes: frozenset[str]) -> bool:
+    return PurePath(path).suffix.lower() in suffixes
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -27,7 +27,7 @@ from . import __version__, hub
 from .data import Preprocessing, find_images
 from .errors import BackendError, ExportError, UnreadableImageError
 from .extras import require
-from .files import atomic_folder, write_text
+from .files import atomic_folder, is_free, write_text
 from .runtimes import BACKENDS
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def export(
     if precision == "int8" and photos is None:
         raise ExportError("int8 is calibrated on photos: name a folder of some hundred, of the kind it will see")
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if not is_free(out):
         raise ExportError(f"expected a folder to make, or an empty one, got {out}")
     _require(format, precision)
     files = source if isinstance(source, hub.ModelFiles) else hub.resolve(source)

@@ -1,6 +1,7 @@
 """Writing files so that nothing half-written stays."""
 
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -49,6 +50,16 @@ def write_text(path: Path | str, text: str) -> None:
     """Write `text` to `path` as UTF-8, wholly or not at all."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def is_free(folder: Path) -> bool:
+    """Whether a folder can be filled without mixing with what somebody else put there: it is missing or empty."""
+    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+
+
+def file_name(text: str) -> str:
+    """A text, such as the name of a class, as one part of a path: no separators, nothing hidden, never empty."""
+    return re.sub(r"[^\w\-. ]", "_", text).strip(". ") or "_"
 
 
 def remove_leftovers(folder: Path) -> None:

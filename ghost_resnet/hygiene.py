@@ -1,7 +1,7 @@
 """What can be wrong with a set of photos, found before training starts."""
 
 import logging
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -10,8 +10,6 @@ from pathlib import Path
 import imagehash
 import numpy as np
 import numpy.typing as npt
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from .data import PhotoFile, Photos, read_image
 from .errors import DataError, UnreadableImageError
@@ -52,17 +50,24 @@ def _hash_file(path: PhotoFile, changed: int) -> np.uint64 | UnreadableImageErro
         return error
 
 
-def near_duplicates(
-    hashes: npt.NDArray[np.uint64], others: npt.NDArray[np.uint64], distance: int = NEAR
-) -> npt.NDArray[np.intp]:
-    """Index pairs `(n, 2)` of photos whose hashes differ in at most `distance` bits."""
-    pairs, rows = [], max(1, 2**24 // len(others))  # 128 MB at a time
-    for start in range(0, len(hashes), rows):
-        different = np.bitwise_count(hashes[start : start + rows, None] ^ others[None, :])
-        found = np.argwhere(different <= distance)
-        found[:, 0] += start
-        pairs.append(found)
-    return np.concatenate(pairs)
+def near_duplicates(photo: np.uint64, others: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+    """Which of the others are near-duplicates of a photo, all given as their hashes."""
+    return np.bitwise_count(others ^ photo) <= NEAR
+
+
+def group_near_duplicates(hashes: npt.NDArray[np.uint64]) -> npt.NDArray[np.intp]:
+    """The number of each photo's group, which near-duplicates share, and theirs, and so on."""
+    distinct, which = np.unique(hashes, return_inverse=True)
+    group, left = np.arange(len(distinct)), np.arange(len(distinct))
+    while len(left):
+        first, left = left[0], left[1:]
+        reached = [first]
+        while reached:
+            near = near_duplicates(distinct[reached.pop()], distinct[left])
+            group[left[near]] = first
+            reached.extend(left[near])
+            left = left[~near]
+    return group[which]
 
 
 def split_photos(photos: Photos, val_fraction: float, seed: int = 0) -> tuple[Photos, Photos]:
@@ -79,10 +84,7 @@ def split_photos(photos: Photos, val_fraction: float, seed: int = 0) -> tuple[Ph
     Raises:
         DataError: A class has too few different photos to give one to either side.
     """
-    hashes = perceptual_hashes(photos.paths)
-    pairs = near_duplicates(hashes, hashes)
-    links = coo_array((np.ones(len(pairs)), pairs.T), shape=(len(photos), len(photos)))
-    _, group_of = connected_components(links, directed=False)
+    group_of = group_near_duplicates(perceptual_hashes(photos.paths))
     members: dict[int, list[int]] = defaultdict(list)
     for index in np.random.default_rng(seed).permutation(len(photos)):
         members[int(group_of[index])].append(int(index))
@@ -118,21 +120,29 @@ def find_problems(train: Photos, val: Photos | None) -> list[str]:
             "set balance = 0.5 in the recipe, or add photos"
         )
     hashes = perceptual_hashes(train.paths)
-    same = near_duplicates(hashes, hashes, 0)
-    contradictions = [(i, j) for i, j in same if i < j and train.targets[i] != train.targets[j]]
+    same: dict[int, list[int]] = defaultdict(list)
+    for index, photo in enumerate(hashes.tolist()):
+        same[photo].append(index)
+    contradictions = [copies for copies in same.values() if len({train.targets[i] for i in copies}) > 1]
     if contradictions:
-        i, j = contradictions[0]
+        pairs = sum(_pairs_of_two_classes([train.targets[i] for i in copies]) for copies in contradictions)
+        i = contradictions[0][0]
+        j = next(j for j in contradictions[0] if train.targets[j] != train.targets[i])
         problems.append(
-            f"{len(contradictions)} pairs of the same photo in two classes, {train.paths[i]} and "
+            f"{pairs} pairs of the same photo in two classes, {train.paths[i]} and "
             f"{train.paths[j]} first: one label is wrong"
         )
     if val:
-        leaks = near_duplicates(perceptual_hashes(val.paths), hashes)
-        leaking = len(np.unique(leaks[:, 0]))
-        if leaking:
+        alike = (near_duplicates(photo, hashes) for photo in perceptual_hashes(val.paths))
+        leaks = [(i, int(mask.argmax())) for i, mask in enumerate(alike) if mask.any()]
+        if leaks:
             i, j = leaks[0]
             problems.append(
-                f"{leaking} of {len(val)} validation photos look like a training photo, {val.paths[i]} like "
+                f"{len(leaks)} of {len(val)} validation photos look like a training photo, {val.paths[i]} like "
                 f"{train.paths[j]} first: the validation figures will flatter"
             )
     return problems
+
+
+def _pairs_of_two_classes(targets: Sequence[int]) -> int:
+    return (len(targets) ** 2 - sum(count**2 for count in Counter(targets).values())) // 2

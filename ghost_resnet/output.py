@@ -211,6 +211,7 @@ def _identity(classifier: GarbageClassifier) -> dict[str, Any]:
         "labels": list(classifier.labels),
         "preprocessing": repr(classifier.preprocessing),
         "temperature": classifier.temperature,
+        "threshold": classifier.threshold,
         "outputs": outputs.astype(float).tolist(),
     }
 

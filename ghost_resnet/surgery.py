@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from .data import Preprocessing, find_images
 from .distillation import Batches, blocks_of, distill, images_of, photo_batches, watch
 from .errors import DataError, SurgeryError
+from .files import is_free
 from .ghost_resnet import GhostResNet
 from .hub import load_model, save_pretrained
 from .layers import GhostModule
@@ -143,10 +144,12 @@ def convert(
         The folder.
 
     Raises:
-        SurgeryError: As `from_resnet`.
+        SurgeryError: As `from_resnet`; or the folder holds something.
         DataError: No photos in the folder.
         GhostResNetError: What `load_model` raises.
     """
+    if not is_free(Path(folder)):
+        raise SurgeryError(f"expected a folder to make, or an empty one, got {folder}")
     named = timm.is_model(source.partition(".")[0])
     teacher: Any = timm.create_model(source, pretrained=True) if named else load_model(source)
     teacher.to("cuda" if torch.cuda.is_available() else "cpu")

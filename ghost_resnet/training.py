@@ -126,6 +126,10 @@ def finetune(
     measured_on = Path(val).name if val else f"val of {Path(data).name}" if val_photos else "the training photos"
     if not train_photos:
         raise DataError(f"all photos of {data} are for validation, none for training")
+    if len(known := [name for name, count in train_photos.counts.items() if count]) < 2:
+        raise DataError(
+            f"expected training photos of two classes or more in {data}, got only {known[0]}: add photos of another"
+        )
     if val_photos is None and recipe.val_fraction:
         train_photos, val_photos = split_photos(train_photos, recipe.val_fraction, recipe.seed)
         measured_on = f"{len(val_photos)} photos that were held out"
@@ -140,12 +144,15 @@ def finetune(
         project_dir=out,
     )
     with _explained(out, recipe):
+        fingerprint = _fingerprint(train_photos, val_photos)
         if accelerator.is_main_process:
-            _prepare_folder(out, recipe, _fingerprint(train_photos, val_photos), resume)
+            _check_folder(out, recipe, fingerprint, resume)
             for problem in find_problems(train_photos, val_photos):
                 logger.warning(problem)
         accelerator.wait_for_everyone()
         job = _build(recipe, train_photos, val_photos, measured_on, accelerator, out)
+        if accelerator.is_main_process:
+            _prepare_folder(out, recipe, fingerprint, resume)
         if resume:
             job.resume()
         if recipe.fit_head and not job.state.history:
@@ -257,7 +264,8 @@ def _build(
 ) -> _Job:
     set_seed(recipe.seed)
     squash = recipe.crop_mode == "squash"
-    dataset = PhotoDataset(train_photos, None, cache_side=recipe.cache_side, squash=squash)
+    cache_side = max(recipe.cache_side, recipe.img_size) if recipe.cache_side else 0
+    dataset = PhotoDataset(train_photos, None, cache_side=cache_side, squash=squash)
     imagenet = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     mean, std = dataset.pixel_statistics() if recipe.normalize == "data" else imagenet
     size = (3, recipe.img_size, recipe.img_size)
@@ -411,7 +419,7 @@ def _fingerprint(*lists: Photos | None) -> str:
     return digest.hexdigest()
 
 
-def _prepare_folder(out: Path, recipe: Recipe, photos: str, resume: bool) -> None:
+def _check_folder(out: Path, recipe: Recipe, photos: str, resume: bool) -> None:
     saved, fingerprint = out / "recipe.toml", out / "photos.sha256"
     if resume:
         if not (saved.is_file() and fingerprint.is_file()):
@@ -423,13 +431,18 @@ def _prepare_folder(out: Path, recipe: Recipe, photos: str, resume: bool) -> Non
                 "the photos have changed since the run began, so it can't go on as it would have: "
                 "bring them back, or start anew in another folder"
             )
-        remove_leftovers(out)
+        if (out / "report.html").exists() and not any((out / CHECKPOINTS).glob("epoch-*")):
+            raise RunError(f"the run in {out} has ended and its checkpoints are gone: start anew in another folder")
     elif out.exists() and not all(_is_of_a_start(path) for path in out.iterdir()):
         raise RunError(f"{out} is not empty: resume the run in it with --resume, or take another folder")
-    else:
-        write_text(fingerprint, photos + "\n")
-        write_text(saved, recipe.to_toml())  # last: with it, there is a run to resume
-        remove_leftovers(out)
+
+
+def _prepare_folder(out: Path, recipe: Recipe, photos: str, resume: bool) -> None:
+    """Write what a run is told from another by, once nothing is known to stand in its way."""
+    if not resume:
+        write_text(out / "photos.sha256", photos + "\n")
+        write_text(out / "recipe.toml", recipe.to_toml())  # last: with it, there is a run to resume
+    remove_leftovers(out)
 
 
 def _is_of_a_start(path: Path) -> bool:

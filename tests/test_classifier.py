@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import math
+import pickle
 import shutil
 import subprocess
 import sys
@@ -407,7 +408,8 @@ def test_eight_threads_get_the_answers_of_one(run_folder: Path) -> None:
 
 
 def threads() -> set[threading.Thread]:
-    return set(threading.enumerate())
+    """But for those of PyTorch's classifiers, which live as long as these do."""
+    return {thread for thread in threading.enumerate() if not thread.name.startswith("ghost-resnet")}
 
 
 def test_the_error_of_a_source_comes_after_the_answers_before_it_and_leaves_no_thread() -> None:
@@ -512,6 +514,32 @@ def test_the_torch_runtime_folds_batch_norms_and_keeps_no_graph(run_folder: Path
     assert runtime.model.conv1.weight.is_contiguous(memory_format=torch.channels_last)
     outputs = runtime(np.zeros((2, 3, 32, 32), np.float32))
     assert outputs.dtype == np.float32 and outputs.shape == (2, 8)
+
+
+def test_torch_takes_as_many_threads_as_its_user_says(run_folder: Path) -> None:
+    classifier = GarbageClassifier.from_pretrained(run_folder, device="cpu")
+    seen: list[int] = []
+    classifier.runtime.model.register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
+    usual = torch.get_num_threads()
+    try:
+        for number in (1, 3):
+            torch.set_num_threads(number)
+            classifier.predict(draw())
+            classifier.predict([draw()])
+    finally:
+        torch.set_num_threads(usual)
+    assert seen == [1, 1, 3, 3]
+
+
+def test_a_torch_classifier_can_be_sent_to_another_process(run_folder: Path) -> None:
+    classifier = GarbageClassifier.from_pretrained(run_folder, device="cpu")
+    assert pickle.loads(pickle.dumps(classifier)).predict(draw()) == classifier.predict(draw())
+
+
+def test_batches_hold_at_least_one_photo(run_folder: Path) -> None:
+    classifier = GarbageClassifier.from_pretrained(run_folder, device="cpu")
+    with pytest.raises(ConfigError, match="batch_size of 1 or more, got 0"):
+        next(classifier.predict_stream([draw()], batch_size=0))
 
 
 def test_torch_computes_in_one_thread_only(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

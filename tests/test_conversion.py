@@ -102,6 +102,8 @@ def test_converted_network_answers_as_the_reports_own(wrap: str, report: ResNet,
     state = {"plain": report, "DataParallel": nn.DataParallel(report), "in a dictionary": report}[wrap].state_dict()
     torch.save({"state_dict": state, "epoch": 10} if wrap == "in a dictionary" else state, tmp_path / "report.pth")
     folder = convert(tmp_path / "report.pth", tmp_path / "converted", labels=LABELS)
+    with pytest.raises(WeightsError, match="an empty one"):
+        convert(tmp_path / "report.pth", folder, labels=LABELS)
     model = hub.load_model(folder)
     assert hub.resolve(folder).labels == tuple(LABELS)
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in report.parameters()) == 21_565_060

@@ -544,10 +544,77 @@ def test_a_hidden_folder_that_was_asked_for_is_searched(tmp_path: Path) -> None:
 
 def test_files_that_are_no_photos_are_left_out_with_a_warning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     (folder / "metal" / "a.txt").touch()
-    (folder / "metal" / "b.heic").touch()
+    (folder / "metal" / "b.mov").touch()
     assert len(Photos.from_folder(folder)) == 6
     assert [r.levelno for r in caplog.records] == [logging.WARNING]
     assert f"2 in {folder / 'metal'}" in caplog.text and "a.txt first" in caplog.text
+
+
+ADVICE = "convert to JPEG; an iPhone takes JPEGs with Settings > Camera > Formats > Most Compatible"
+
+
+def test_an_iphones_photos_are_left_out_with_the_advice_to_convert_them(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    metal = folder / "metal"
+    for name in ("IMG_1.HEIC", "IMG_2.heif", "IMG_3.DNG", "notes.txt"):
+        (metal / name).touch()
+    assert len(Photos.from_folder(folder)) == 6 == sum(count_images(path) for path in folder.iterdir())
+    assert [record.getMessage() for record in caplog.records] == [
+        f"3 in {metal} left out whose format is not read ({ADVICE}), {metal / 'IMG_1.HEIC'} first",
+        f"1 in {metal} left out that are no photos, {metal / 'notes.txt'} first",
+    ]
+
+
+@pytest.mark.parametrize("name", ["glass/IMG_1.HEIC", "IMG_1.HEIC"], ids=["in a class folder", "in the root"])
+def test_a_folder_of_nothing_but_an_iphones_photos_is_refused_with_the_same_advice(name: str, tmp_path: Path) -> None:
+    (tmp_path / "glass").mkdir()
+    (tmp_path / name).touch()
+    with pytest.raises(DataError) as error:
+        Photos.from_folder(tmp_path)
+    assert str(error.value) == (
+        f"no photos under {tmp_path}: expected {tmp_path}/<class>/<photo>.jpg; "
+        f"1 are in a format that is not read, {tmp_path / name} first: {ADVICE}"
+    )
+
+
+@pytest.mark.parametrize("brand", [b"heic", b"mif1"])
+def test_an_iphones_photo_that_is_named_is_refused_with_the_same_advice(brand: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "IMG_1.HEIC"
+    path.write_bytes(b"\0\0\0\x18ftyp" + brand + b"\0\0\0\0mif1heic" + bytes(500))
+    with pytest.raises(UnreadableImageError) as error:
+        read_image(path)
+    assert str(error.value).startswith(f"{path}: no image of a kind") and str(error.value).endswith(f"; {ADVICE}")
+
+
+@pytest.mark.parametrize(
+    ("found", "use"),
+    [
+        (["train", "val"], "--data {0}/train --val {0}/val"),
+        (["Test", "Train", "Validation"], "--data {0}/Train --val {0}/Validation"),
+        (["test", "train"], "--data {0}/train"),
+        (["train"], "--data {0}/train"),
+    ],
+)
+def test_folders_of_splits_are_not_taken_for_classes(found: list[str], use: str, tmp_path: Path) -> None:
+    for name in found:
+        write_folder(tmp_path / name, {"glass": 2, "metal": 2})
+    for classes in (None, ["glass", "metal"]):
+        with pytest.raises(DataError) as error:
+            Photos.from_folder(tmp_path, classes=classes)
+        assert str(error.value) == (
+            f"{tmp_path} looks like a folder of splits ({', '.join(found)}), not of classes: use {use.format(tmp_path)}"
+        )
+
+
+def test_classes_that_are_called_like_splits_are_classes_where_something_says_so(tmp_path: Path) -> None:
+    (tmp_path / "train" / "steam").mkdir(parents=True)
+    draw().save(tmp_path / "train" / "steam" / "1.jpg")
+    assert Photos.from_folder(tmp_path, classes=["bus", "train"]).counts == {"bus": 0, "train": 1}  # a model knows it
+    (tmp_path / "bus").mkdir()
+    assert Photos.from_folder(tmp_path).classes == ("bus", "train")  # another folder is no split
+    flat = write_folder(tmp_path / "flat", {"test": 1, "train": 1})
+    assert Photos.from_folder(flat).classes == ("test", "train")  # nothing in them is a class
 
 
 def test_photos_are_found_in_subfolders_with_any_case_and_any_script(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Heat maps: the heat falls where the answer comes from, at the right place of the photo, and errors are sentences."""
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -165,3 +167,19 @@ def test_the_command_writes_an_overlay_a_photo_and_names_what_it_can_not_read(ru
         app, ["explain", photos[0], "--model", str(run_folder), "--out", str(out), "--class", "gold"]
     )
     assert done.exit_code == 2 and "expected a class of this model" in done.stderr
+
+
+def test_the_name_of_a_class_leads_to_no_other_folder(run_folder: Path, tmp_path: Path) -> None:
+    hostile = tmp_path / "hostile"
+    shutil.copytree(run_folder, hostile)
+    config = json.loads((hostile / "config.json").read_text())
+    config["label_names"] = [f"/../../away/{number}" for number in range(8)]
+    config["pretrained_cfg"].pop("label_names", None)
+    (hostile / "config.json").write_text(json.dumps(config))
+    draw(seed=1).save(tmp_path / "photo.png")
+    command = ["explain", str(tmp_path / "photo.png"), "--model", str(hostile), "--out", str(tmp_path / "a" / "out")]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.stderr
+    (written,) = (tmp_path / "a").rglob("*.png")
+    assert written.parent == tmp_path / "a" / "out"
+    assert not (tmp_path / "away").exists() and not (tmp_path / "a" / "away").exists()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ghost_resnet.files import atomic_path, remove_leftovers, write_text
+from ghost_resnet.files import atomic_path, file_name, remove_leftovers, write_text
 
 
 def names(folder: Path) -> list[str]:
@@ -74,6 +74,26 @@ def test_threads_that_write_the_same_file_never_mix_nor_change_the_process(tmp_p
         list(pool.map(lambda text: write_text(path, text), texts * 5))
     assert os.umask(umask) == 0o027
     assert path.read_text() in texts and names(tmp_path) == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("metal", "metal"),
+        ("Glas, grün", "Glas_ grün"),
+        ("paper/card", "paper_card"),
+        ("../../x", "_.._x"),
+        ("/etc/passwd", "_etc_passwd"),
+        ("C:\\x", "C__x"),
+        (".hidden", "hidden"),
+        ("..", "_"),
+        ("", "_"),
+        ("a\0b", "a_b"),
+    ],
+)
+def test_any_text_makes_one_part_of_a_path(text: str, name: str, tmp_path: Path) -> None:
+    assert file_name(text) == name
+    assert (tmp_path / name).resolve().parent == tmp_path.resolve()
 
 
 def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(tmp_path: Path) -> None:

@@ -1,14 +1,27 @@
 """What is wrong with photos is found before training, and near-duplicates stay on one side of a split."""
 
+import itertools
+import tracemalloc
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
+import numpy.typing as npt
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-from ghost_resnet.data import Photos
+from ghost_resnet import hygiene
+from ghost_resnet.data import PhotoFile, Photos
 from ghost_resnet.errors import DataError
-from ghost_resnet.hygiene import find_problems, near_duplicates, perceptual_hashes, split_photos
+from ghost_resnet.hygiene import (
+    find_problems,
+    group_near_duplicates,
+    near_duplicates,
+    perceptual_hashes,
+    split_photos,
+)
 
 
 def draw(path: Path, seed: int, shift: int = 0, quality: int = 95) -> None:
@@ -87,10 +100,86 @@ def test_leaks_contradictions_imbalance_and_small_classes_are_each_said_in_a_sen
     assert "1 of 1 validation photos look like a training photo" in problems and "20.jpg" in problems
 
 
-def test_near_duplicates_are_those_within_the_distance_and_no_others() -> None:
+def test_near_duplicates_are_those_within_four_bits_and_no_others() -> None:
     hashes = np.array([0, 0b1111, 0b11111, 2**63], np.uint64)
-    found = {(int(i), int(j)) for i, j in near_duplicates(hashes, hashes, 4) if i < j}
-    assert found == {(0, 1), (1, 2), (0, 3)}
-    many = np.arange(3000, dtype=np.uint64) << np.uint64(20)
-    naive = {(i, j) for i in range(0, 3000, 500) for j in range(3000) if (int(many[i]) ^ int(many[j])).bit_count() <= 2}
-    assert {(int(i), int(j)) for i, j in near_duplicates(many, many, 2) if i % 500 == 0} == naive
+    assert near_duplicates(hashes[0], hashes).tolist() == [True, True, False, True]
+    assert near_duplicates(hashes[1], hashes).tolist() == [True, True, True, False]
+
+
+class Hashed:
+    """Photos that are nothing but their hashes, in place of files."""
+
+    def __init__(self, hashes: list[int], targets: list[int], classes: int = 3) -> None:
+        paths = tuple(Path(f"{index}.jpg") for index in range(len(hashes)))
+        self.photos = Photos(paths, tuple(targets), tuple("abcdef"[:classes]))
+        self.hash_of = dict(zip(paths, hashes, strict=True))
+
+    def __call__(self, paths: tuple[PhotoFile, ...]) -> npt.NDArray[np.uint64]:
+        return np.array([self.hash_of[path] for path in paths if isinstance(path, Path)], np.uint64)
+
+
+def differ(left: int, right: int) -> int:
+    return (left ^ right).bit_count()
+
+
+# Chains of near-duplicates: the bits of each hash are few, and so are the hashes.
+HASHES = st.lists(st.integers(0, 63), max_size=8).map(lambda bits: sum(1 << bit for bit in set(bits)))
+POOLS = st.lists(HASHES, min_size=1, max_size=6)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@given(pool=POOLS, picks=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 2)), min_size=2, max_size=12))
+def test_groups_copies_and_leaks_are_those_that_comparing_every_pair_finds(
+    pool: list[int], picks: list[tuple[int, int]]
+) -> None:
+    hashes, targets = [pool[i % len(pool)] for i, _ in picks], [target for _, target in picks]
+    everything = range(len(hashes))
+
+    groups = [{i} for i in everything]
+    for i, j in itertools.combinations(everything, 2):
+        if differ(hashes[i], hashes[j]) <= 4 and groups[i] is not groups[j]:
+            groups[i] |= groups[j]
+            for k in groups[j]:
+                groups[k] = groups[i]
+    number = group_near_duplicates(np.array(hashes, np.uint64))
+    assert [{j for j in everything if number[j] == number[i]} for i in everything] == groups
+
+    source = Hashed(hashes, targets)
+    half = len(hashes) // 2
+    train, val = source.photos.subset(everything[:half]), source.photos.subset(everything[half:])
+    copies = [
+        (i, j) for i, j in itertools.combinations(range(half), 2) if hashes[i] == hashes[j] and targets[i] != targets[j]
+    ]
+    leaks = [(i, j) for i in everything[half:] for j in range(half) if differ(hashes[i], hashes[j]) <= 4]
+    expected = []
+    if copies:
+        expected.append(
+            f"{len(copies)} pairs of the same photo in two classes, {copies[0][0]}.jpg and {copies[0][1]}.jpg first"
+        )
+    if leaks:
+        expected.append(
+            f"{len({i for i, _ in leaks})} of {len(val)} validation photos look like a training photo, "
+            f"{leaks[0][0]}.jpg like {leaks[0][1]}.jpg first"
+        )
+    with mock.patch.object(hygiene, "perceptual_hashes", source):
+        problems = [problem for problem in find_problems(train, val) if "first: " in problem]
+    assert [problem.partition(": ")[0] for problem in problems] == expected
+
+
+def test_thousands_of_frames_of_a_few_things_take_little_memory() -> None:
+    frames = [thing << 40 | 1 << bit for thing in (0xFF, 0xFF00, 0xFF0000, 0xFFFF00) for bit in (0, 1)] * 1000
+    source = Hashed(frames, [0 if frame >> 40 & 0xFF00 else 1 for frame in frames], 2)
+    mixed = Hashed([0] * 4000, [0, 1] * 2000, 2)
+    tracemalloc.start()
+    try:
+        with mock.patch.object(hygiene, "perceptual_hashes", source):
+            train, val = split_photos(source.photos, 0.5)
+        with mock.patch.object(hygiene, "perceptual_hashes", mixed):
+            problems = "\n".join(find_problems(mixed.photos, mixed.photos))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(train) == len(val) == 4000
+    assert "4000000 pairs of the same photo in two classes, 0.jpg and 1.jpg first" in problems
+    assert "4000 of 4000 validation photos look like a training photo, 0.jpg like 0.jpg first" in problems
+    assert peak < 2**24

@@ -160,6 +160,7 @@ class Other(Echo):
         ({"runtime": Other()}, "weights"),
         ({"labels": ["b", "a"]}, "labels"),
         ({"temperature": 2.0}, "temperature"),
+        ({"threshold": 0.9}, "threshold"),
         ({"preprocessing": Preprocessing((3, 9, 9), "nearest", 1.0, mean=(0.0,) * 3, std=(1 / 255,) * 3)}, "preproc"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

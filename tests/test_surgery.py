@@ -394,8 +394,18 @@ def test_the_command_line_operates_and_says_where_the_network_is(tmp_path: Path)
     assert done.exit_code == 0, done.stderr
     assert done.stdout == f"{tmp_path / 'ghost'}\n"
     assert (tmp_path / "ghost" / "model.safetensors").is_file()
-    refused = CliRunner().invoke(app, [*command, "--arch", "ghost_resnet50_s2"])
+    again = CliRunner().invoke(app, command)
+    assert again.exit_code == 2 and "an empty one" in again.stderr
+    refused = CliRunner().invoke(app, [*command[:-1], str(tmp_path / "other"), "--arch", "ghost_resnet50_s2"])
     assert refused.exit_code == 2 and "ghost_resnet50_s2" in refused.stderr
+
+
+def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
+    teacher = save_pretrained(resnet(num_classes=2), tmp_path / "teacher", labels=["cat", "dog"])
+    before = (teacher / "model.safetensors").stat().st_mtime_ns
+    with pytest.raises(SurgeryError, match="an empty one"):
+        convert(str(teacher), teacher)
+    assert (teacher / "model.safetensors").stat().st_mtime_ns == before
 
 
 def test_an_empty_folder_of_photos_is_refused(tmp_path: Path) -> None:

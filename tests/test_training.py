@@ -4,6 +4,7 @@ import csv
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -393,6 +394,54 @@ def test_resuming_on_other_photos_another_recipe_or_nothing_is_refused(photos: P
     (tmp_path / "split.txt").write_text("lying/00.png\n" + "".join(f"standing/{i:02}.png\n" for i in range(14)))
     with pytest.raises(RunError, match="photos have changed"):
         finetune(photos, tmp_path / "run", replace(TINY, epochs=1), splits=[tmp_path / "split.txt"], resume=True)
+
+
+def test_a_run_that_could_not_begin_leaves_its_folder_free(photos: Path, tmp_path: Path) -> None:
+    shutil.copytree(photos, tmp_path / "photos")
+    broken = tmp_path / "photos" / "lying" / "broken.png"
+    broken.write_bytes(b"no photo")
+    recipe = replace(TINY, epochs=1)
+    with pytest.raises(DataError, match=r"broken\.png"):
+        finetune(tmp_path / "photos", tmp_path / "run", recipe)
+    broken.unlink()
+    with pytest.raises(RecipeError):
+        finetune(tmp_path / "photos", tmp_path / "run", recipe, overrides={"mixup": 0.2, "batch_size": 7})
+    assert finetune(tmp_path / "photos", tmp_path / "run", recipe).history
+
+
+def test_a_run_that_has_ended_is_not_trained_again_for_want_of_checkpoints(photos: Path, tmp_path: Path) -> None:
+    recipe = replace(TINY, epochs=1, val_fraction=0.3)
+    finetune(photos, tmp_path / "run", recipe)
+    finetune(photos, tmp_path / "run", recipe, resume=True)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    before = (tmp_path / "run" / "model.safetensors").stat().st_mtime_ns
+    with pytest.raises(RunError, match="has ended and its checkpoints are gone"):
+        finetune(photos, tmp_path / "run", recipe, resume=True)
+    assert (tmp_path / "run" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_photos_are_never_kept_smaller_than_they_are_trained_on(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sides: list[int] = []
+
+    class Dataset(training.PhotoDataset):
+        def __init__(self, *args: Any, cache_side: int, **kwargs: Any) -> None:
+            sides.append(cache_side)
+            super().__init__(*args, cache_side=cache_side, **kwargs)
+
+    monkeypatch.setattr(training, "PhotoDataset", Dataset)
+    for cache_side in (0, 16, 48):
+        finetune(photos, tmp_path / str(cache_side), replace(TINY, epochs=1, cache_side=cache_side))
+    assert sides == [0, 32, 48]
+
+
+def test_a_classifier_of_one_class_is_refused(photos: Path, tmp_path: Path) -> None:
+    shutil.copytree(photos / "lying", tmp_path / "photos" / "lying")
+    (tmp_path / "photos" / "standing").mkdir()
+    with pytest.raises(DataError, match=r"two classes or more in .*photos, got only lying"):
+        finetune(tmp_path / "photos", tmp_path / "run", TINY)
+    assert not (tmp_path / "run").exists()
 
 
 def test_nothing_is_written_when_the_photos_or_the_recipe_are_wrong(photos: Path, tmp_path: Path) -> None:

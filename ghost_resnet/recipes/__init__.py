@@ -39,7 +39,8 @@ class Recipe:
         crop_pct: Share of the photo's side that validation and prediction keep, in (0, 1].
         interpolation: "nearest", "bilinear" or "bicubic".
         normalize: "imagenet" mean and std, or those of the training photos: "data".
-        cache_side: Keep decoded photos in memory with this shorter side; 0 decodes at each access.
+        cache_side: Keep decoded photos in memory with this shorter side, or `img_size` if that is more; 0 decodes at
+            each access.
 
         crop: Training crop: "resized" (random area and aspect, resized) or "padded" (random position after
             padding by `crop_padding`).

@@ -2,6 +2,7 @@
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +42,8 @@ class TorchRuntime:
         self, files: hub.ModelFiles, device: str | None = None, precision: str | None = None, compile: bool = False
     ) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if self.device.type == "cuda" and self.device.index is None:  # a thread has a current device of its own
+            self.device = torch.device("cuda", torch.cuda.current_device())
         if precision is None:
             precision = "fp16" if self.device.type == "cuda" else "fp32"
         if precision not in _DTYPES:
@@ -65,9 +68,17 @@ class TorchRuntime:
         return model.to(self.device, self.dtype).to(memory_format=torch.channels_last)
 
     def __call__(self, batch: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        return self._thread.submit(self._run, batch).result()
+        return self._thread.submit(self._run, batch, torch.get_num_threads()).result()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_thread"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ = {**state, "_thread": ThreadPoolExecutor(1, "ghost-resnet")}
 
     @torch.inference_mode()
-    def _run(self, batch: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    def _run(self, batch: npt.NDArray[np.float32], threads: int) -> npt.NDArray[np.float32]:
+        if threads != torch.get_num_threads():
+            torch.set_num_threads(threads)
         images = torch.from_numpy(batch).to(self.device, self.dtype, memory_format=torch.channels_last)
         return self.model(images).float().cpu().numpy()
