@@ -294,7 +294,7 @@ def _write_pt2(network: nn.Module, example: Pixels, path: Path, config: dict[str
     import torch
 
     program = torch.export.export(
-        network, (torch.from_numpy(example[:2]),), dynamic_shapes=({0: torch.export.Dim("batch")},)
+        network, (torch.from_numpy(example[:2]),), dynamic_shapes=({0: torch.export.Dim("batch", max=2**31 - 1)},)
     )
     torch.export.save(program, path, extra_files={"config.json": json.dumps(config)})
 
@@ -308,7 +308,7 @@ def _write_onnx(network: nn.Module, example: Pixels, path: Path) -> None:
         path,
         input_names=["pixels" if example.dtype == np.uint8 else "images"],
         output_names=["probabilities" if example.dtype == np.uint8 else "logits"],
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        dynamic_shapes=({0: torch.export.Dim("batch", max=2**31 - 1)},),
         dynamo=True,
         external_data=False,
         verbose=False,

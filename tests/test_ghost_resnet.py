@@ -317,7 +317,7 @@ def test_drop_block_rate_drops_in_the_last_two_stages_in_training_only(name: str
     block = model.layer4[-1]
     dropped = []
     block.drop_block.register_forward_hook(lambda _m, x, y: dropped.append(((y == 0) & (x[0] != 0)).any()))
-    block.train()(torch.rand(2, 2048, 4, 4))
+    block.train()(torch.rand(64, 2048, 4, 4))
     assert dropped == [True]
 
 
