@@ -47,6 +47,8 @@ def create_demo(model: str | Path | None = None) -> gr.Blocks:
 
     def classify(photos: Sequence[tuple[str, str | None]] | None, heat: bool) -> str:
         """Answers as HTML."""
+        if not all(_is_within(path, page.GRADIO_CACHE) for path, _ in photos or ()):  # gradio does not check all
+            return template.render(problem="Only photos that were uploaded to this page are looked at.")
         paths = [Path(path) for path, _ in photos or ()]
         if len(paths) > MAX_PHOTOS:
             return template.render(problem=f"At most {MAX_PHOTOS} photos at once, please: there are {len(paths)}.")
@@ -130,6 +132,11 @@ def launch(
         threading.Event().wait()  # gradio's own way prints
     finally:
         page.close(verbose=False)
+
+
+def _is_within(path: str, folder: str) -> bool:
+    """Whether a path is in a folder, by its name and with links followed; on the disk only the folder is looked at."""
+    return all(Path(real(path)).is_relative_to(real(folder)) for real in (os.path.abspath, os.path.realpath))
 
 
 def _picture(path: Path, prediction: Prediction, explainer: Explainer | None) -> str:

@@ -8,6 +8,7 @@ import base64
 import binascii
 import io
 import logging
+import math
 import signal
 import socket
 import time
@@ -31,6 +32,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import MutableHeaders, UploadFile
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .classifier import BATCH_SIZE, GarbageClassifier, Prediction
@@ -69,8 +71,8 @@ class Limits:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if not value >= 0 or (value == 0 and field.name != "max_wait"):
-                raise ConfigError(f"{field.name} must be above 0, got {value}")
+            if not 0 <= value < math.inf or (value == 0 and field.name != "max_wait"):
+                raise ConfigError(f"{field.name} must be above 0 and finite, got {value}")
         if self.max_images > self.max_queue:
             raise ConfigError(f"max_queue must be at least max_images ({self.max_images}), got {self.max_queue}")
 
@@ -95,14 +97,14 @@ class Batcher:
         self.classifier = classifier
         self.limits = limits
         self._on_batch = on_batch
-        self._queue: asyncio.Queue[tuple[BinaryIO, asyncio.Future[Prediction]]] = asyncio.Queue()
-        self._unanswered: set[asyncio.Future[Prediction]] = set()
+        self._queue: asyncio.Queue[asyncio.Future[Prediction]] = asyncio.Queue()
+        self._photos: dict[asyncio.Future[Prediction], BinaryIO] = {}  # those given up are not kept
         self._thread = ThreadPoolExecutor(1)
 
     @property
     def photos(self) -> int:
         """Photos that are waiting or in the network."""
-        return len(self._unanswered)
+        return len(self._photos)
 
     async def predict(self, photos: Sequence[BinaryIO], timeout: float) -> list[Prediction]:
         """Classify photos; `Prediction.error` is set for one that can't be read.
@@ -116,10 +118,10 @@ class Batcher:
         futures: list[asyncio.Future[Prediction]] = []
         for photo in photos:
             future = asyncio.get_running_loop().create_future()
-            self._unanswered.add(future)
-            future.add_done_callback(self._unanswered.discard)
+            self._photos[future] = photo
+            future.add_done_callback(self._photos.pop)
             futures.append(future)
-            self._queue.put_nowait((photo, future))
+            self._queue.put_nowait(future)
         _, late = await asyncio.wait(futures, timeout=timeout)
         for future in late:
             future.cancel()
@@ -131,23 +133,23 @@ class Batcher:
         """Answer what is asked until cancelled."""
         loop = asyncio.get_running_loop()
         while True:
-            batch = [(photo, future) for photo, future in await self._next_batch() if not future.done()]
+            batch = [future for future in await self._next_batch() if not future.done()]
             if not batch:
                 continue
             self._on_batch(len(batch))
             try:
-                answers = await loop.run_in_executor(self._thread, self._answer, [photo for photo, _ in batch])
+                answers = await loop.run_in_executor(self._thread, self._answer, [self._photos[it] for it in batch])
             except Exception as error:  # one bad batch must not end the service
                 logger.exception("a batch of %d photos failed", len(batch))
-                for _, future in batch:
+                for future in batch:
                     if not future.done():
                         future.set_exception(error)
             else:
-                for (_, future), answer in zip(batch, answers, strict=True):
+                for future, answer in zip(batch, answers, strict=True):
                     if not future.done():
                         future.set_result(answer)
 
-    async def _next_batch(self) -> list[tuple[BinaryIO, asyncio.Future[Prediction]]]:
+    async def _next_batch(self) -> list[asyncio.Future[Prediction]]:
         batch = [await self._queue.get()]
         end = time.monotonic() + self.limits.max_wait
         while len(batch) < self.limits.max_batch:
@@ -183,7 +185,7 @@ class Problem(BaseModel):
 class Health(BaseModel):
     """Whether the service takes photos."""
 
-    status: str = Field(description="starting, ready or stopping")
+    status: str = Field(description="ready or stopping")
     model: str
     labels: list[str]
 
@@ -197,8 +199,8 @@ class _Json(BaseModel):
 def create_app(classifier: GarbageClassifier, *, model: str = "", limits: Limits | None = None) -> FastAPI:
     """Make the service as an ASGI application.
 
-    `app.state.draining = True` makes `/health` say 503 and every answer close its connection, while photos are still
-    answered.
+    Its start answers a grey photo first, and fails if that can't be done. `app.state.draining = True` makes `/health`
+    say 503 and every answer close its connection, while photos are still answered.
 
     Args:
         classifier: What answers.
@@ -217,18 +219,16 @@ def create_app(classifier: GarbageClassifier, *, model: str = "", limits: Limits
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async def warm_up() -> None:
-            grey = io.BytesIO()
-            Image.new("RGB", (64, 64), "grey").save(grey, "PNG")
+        grey = io.BytesIO()
+        Image.new("RGB", (64, 64), "grey").save(grey, "PNG")
+        running = asyncio.create_task(batcher.run())
+        try:
             await batcher.predict([grey], timeout=600)
-            app.state.ready = True
-
-        tasks = [asyncio.create_task(batcher.run()), asyncio.create_task(warm_up())]
-        yield
-        for task in tasks:
-            task.cancel()
+            yield
+        finally:
+            running.cancel()
             with suppress(asyncio.CancelledError):
-                await task
+                await running
 
     app = FastAPI(
         title="ghost-resnet",
@@ -238,7 +238,7 @@ def create_app(classifier: GarbageClassifier, *, model: str = "", limits: Limits
         docs_url=None,  # FastAPI's pages load scripts from elsewhere
         redoc_url=None,
     )
-    app.state.ready = app.state.draining = False
+    app.state.draining = False
     app.state.requests = 0
     app.add_middleware(_CloseWhileDraining, app=app)
     Instrumentator(registry=registry, excluded_handlers=["/metrics", "/health"]).instrument(app).expose(
@@ -260,10 +260,9 @@ def create_app(classifier: GarbageClassifier, *, model: str = "", limits: Limits
 
     @app.get("/health", responses={200: {"model": Health}, 503: {"model": Health}}, response_model=None)
     async def health() -> JSONResponse:
-        """200 if the service takes photos, 503 while it starts or stops."""
-        state = "stopping" if app.state.draining else "ready" if app.state.ready else "starting"
-        answer = Health(status=state, model=model, labels=list(classifier.labels))
-        return JSONResponse(answer.model_dump(), 200 if state == "ready" else 503)
+        """200 if the service takes photos, 503 while it stops."""
+        state, status = ("stopping", 503) if app.state.draining else ("ready", 200)
+        return JSONResponse(Health(status=state, model=model, labels=list(classifier.labels)).model_dump(), status)
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> HTMLResponse:
@@ -351,11 +350,14 @@ async def _limited(request: Request, limits: Limits) -> AsyncGenerator[bytes, No
     if announced.isdecimal() and int(announced) > limits.max_bytes:
         raise too_large
     size = 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > limits.max_bytes:
-            raise too_large
-        yield chunk
+    try:
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size > limits.max_bytes:
+                raise too_large
+            yield chunk
+    except ClientDisconnect:
+        raise HTTPException(400, "the request was broken off") from None  # nobody reads it, but it is counted
 
 
 async def _photos_of_form(request: Request, limits: Limits) -> list[BinaryIO]:
@@ -366,6 +368,8 @@ async def _photos_of_form(request: Request, limits: Limits) -> list[BinaryIO]:
         if error.message.startswith("Too many files"):
             raise _too_many(limits) from None
         raise HTTPException(400, f"expected a form with files: {error.message}") from None
+    except (UnicodeError, LookupError) as error:  # of the charset that the request names
+        raise HTTPException(400, f"expected a form with names in UTF-8: {error}") from None
     try:
         photos = []
         for name, value in form.multi_items():
@@ -403,7 +407,7 @@ def _photos_of_json(body: bytes, limits: Limits) -> tuple[list[BinaryIO], bool]:
 
 def _named(content: bytes, name: str) -> BinaryIO:
     photo = io.BytesIO(content)
-    photo.name = name  # what messages call it
+    photo.name = name.encode(errors="replace").decode()  # what messages call it
     return photo
 
 
@@ -462,12 +466,11 @@ class _Server(uvicorn.Server):
         self.stop_at = float("inf")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if sig == signal.SIGTERM and not self.service.state.draining:
-            self.service.state.draining = True
-            self.stop_at = time.monotonic() + self.drain
+        if sig == signal.SIGTERM:  # uvicorn would raise it again in the end
+            self.stop_at = time.monotonic() + (0 if self.service.state.draining else self.drain)
         else:
-            self.service.state.draining = True
             super().handle_exit(sig, frame)
+        self.service.state.draining = True
 
     async def on_tick(self, counter: int) -> bool:
         if time.monotonic() >= self.stop_at:
@@ -497,8 +500,12 @@ def serve(
 
     Raises:
         OSError: The address can't be listened at.
+        ConfigError: `drain` is below 0 or not finite.
         GhostResNetError: What `GarbageClassifier.from_pretrained` raises.
+        SystemExit: The first photo could not be answered; why is in the log.
     """
+    if not 0 <= drain < math.inf:
+        raise ConfigError(f"drain must be at least 0 and finite, got {drain}")
     limits = limits or Limits()
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, port), family=family, backlog=2048) as listener:

@@ -1,5 +1,6 @@
 """The demo page: tried in a real browser as a person would, asked by many at once, and closed to what is too large."""
 
+import json
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
 
 import pytest
 from drawing import draw
@@ -109,6 +111,32 @@ def test_what_is_no_photo_or_too_large_is_refused_with_a_sentence(
     (tmp_path / "huge.png").write_bytes(bytes(21 * 2**20))
     with pytest.raises(Exception, match=r"413|Too Large|maximum"):
         ask(client, tmp_path / "huge.png")
+
+
+def test_only_uploaded_files_are_looked_at(run_folder: Path, photos: list[Path], tmp_path: Path) -> None:
+    """Asked without `meta`, gradio does not check where a file is."""
+    uploads, beside = tmp_path / "uploads", tmp_path / "uploads2"
+    (uploads / "hash").mkdir(parents=True)
+    beside.mkdir()
+    uploaded = shutil.copy(photos[0], uploads / "hash")
+    private = shutil.copy(photos[1], beside)
+    (uploads / "link.png").symlink_to(private)
+    (uploads / "folder").symlink_to(beside)
+
+    with shown(run_folder, uploads) as page:
+
+        def answer(path: Path | str) -> str:
+            data = [[{"image": {"path": str(path)}, "caption": None}], False]
+            request = Request(f"{page}/gradio_api/call/classify", json.dumps({"data": data}).encode())
+            request.add_header("Content-Type", "application/json")
+            event = json.load(urlopen(request))["event_id"]
+            return urlopen(f"{page}/gradio_api/call/classify/{event}").read().decode()
+
+        assert "base64" in answer(uploaded)
+        others = [private, os.path.relpath(private), f"{uploads}/hash/../../uploads2/second.png"]
+        others += [uploads / "link.png", uploads / "folder" / "second.png", beside / "none.png", "http://[::1]/a.png"]
+        answers = {answer(path) for path in others}
+    assert len(answers) == 1 and "Only photos that were uploaded" in answers.pop()
 
 
 def test_nobody_outside_this_machine_can_ask(page: str) -> None:

@@ -2,6 +2,8 @@
 
 import asyncio
 import base64
+import gc
+import io
 import json
 import os
 import re
@@ -11,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +35,7 @@ httpx = pytest.importorskip("httpx", reason="needs the extra `serve`")
 
 from starlette.testclient import TestClient  # noqa: E402
 
-from ghost_resnet.serve import Limits, create_app  # noqa: E402
+from ghost_resnet.serve import Batcher, Limits, create_app, serve  # noqa: E402
 
 LABELS = ("cardboard", "glass", "metal", "paper", "plastic", "trash")
 
@@ -70,15 +73,7 @@ def classifier(runtime: Runtime) -> GarbageClassifier:
 def client_of(classifier: GarbageClassifier, **limits: Any) -> Iterator[TestClient]:
     """A client of a service that is ready."""
     with TestClient(create_app(classifier, model="test", limits=Limits(**limits)), raise_server_exceptions=False) as it:
-        wait_until_ready(it)
         yield it
-
-
-def wait_until_ready(client: Any) -> None:
-    end = time.monotonic() + 60
-    while client.get("/health").status_code != 200:
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 @pytest.fixture
@@ -127,6 +122,13 @@ def test_a_bad_photo_among_several_is_named_and_the_others_are_answered(client: 
     assert bad["predicted_label"] is None and bad["scores"] == [] and bad["error"].startswith("photo1.jpg: no image")
 
 
+def form(name: str, charset: str) -> dict[str, Any]:
+    """A request with a file of that name, which is no photo."""
+    head = f'--x\r\nContent-Disposition: form-data; name="{name}"; filename="{name}"\r\n\r\n'
+    headers = {"content-type": f"multipart/form-data; boundary=x; charset={charset}"}
+    return {"content": f"{head}no photo\r\n--x--\r\n".encode(), "headers": headers}
+
+
 BOMB = encode(Image.new("1", (12_000, 12_000)), "PNG")
 JSON = {"content-type": "application/json"}
 BAD = {
@@ -146,6 +148,9 @@ BAD = {
     "an empty list": ({"json": {"images": []}}, 400, "at least one photo"),
     "a form without files": ({"files": {"images": (None, "text")}}, 400, "expected files only"),
     "a form without a boundary": ({"content": b"x", "headers": {"content-type": "multipart/form-data"}}, 400, "form"),
+    "a form in no charset": (form("images", "undefined"), 400, "names in UTF-8"),
+    "a form in a charset that its names are not in": (form(".", "punycode"), 400, "names in UTF-8"),
+    "a name with half a character": (form(r"\ud800.jpg", "unicode_escape"), 422, "[?].jpg: no image"),
     "too many files": ({"files": files(*PHOTOS[:1] * 5)}, 413, "at most 4 photos"),
     "far too many files": ({"files": files(*PHOTOS[:1] * 9)}, 413, "at most 4 photos"),
     "too many in JSON": ({"json": {"images": TEXTS[:1] * 5}}, 413, "at most 4 photos"),
@@ -244,6 +249,45 @@ def test_a_request_that_takes_too_long_is_given_up(classifier: GarbageClassifier
         assert client.post("/predict", files=files(PHOTOS[0])).status_code == 200
 
 
+def test_photos_given_up_do_not_stay_in_memory(classifier: GarbageClassifier, runtime: Runtime) -> None:
+    async def ask() -> None:
+        batcher = Batcher(classifier, Limits(max_batch=1), lambda size: None)
+        running = asyncio.create_task(batcher.run())
+        runtime.go.clear()
+        first = asyncio.create_task(batcher.predict([io.BytesIO(PHOTOS[0])], 30))
+        await asyncio.to_thread(wait_for, lambda: runtime.batches)
+        late = io.BytesIO(PHOTOS[1])
+        kept = weakref.ref(late)
+        with pytest.raises(TimeoutError):
+            await batcher.predict([late], 0.1)
+        del late
+        await asyncio.sleep(0)  # for what a cancelled future calls
+        gc.collect()
+        assert kept() is None and batcher.photos == 1
+        runtime.go.set()
+        assert (await first)[0].label
+        running.cancel()
+
+    asyncio.run(ask())
+
+
+@pytest.mark.parametrize("kind", ["application/json", "multipart/form-data; boundary=x"])
+def test_a_client_that_hangs_up_is_no_fault_of_the_service(
+    classifier: GarbageClassifier, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    app = create_app(classifier)
+    received = iter([{"type": "http.request", "body": b"--x", "more_body": True}, {"type": "http.disconnect"}])
+    scope = {"type": "http", "method": "POST", "path": "/predict", "query_string": b""}
+    scope["headers"] = [(b"content-type", kind.encode())]
+
+    async def ask() -> None:
+        await app(scope, lambda: asyncio.sleep(0, next(received)), lambda message: asyncio.sleep(0))
+
+    asyncio.run(ask())
+    assert 'handler="/predict",method="POST",status="4xx"} 1.0' in TestClient(app).get("/metrics").text
+    assert not [record for record in caplog.records if record.name.startswith("ghost_resnet")]
+
+
 def test_a_body_that_takes_too_long_is_given_up(classifier: GarbageClassifier) -> None:
     app = create_app(classifier, limits=Limits(timeout=0.2))
     sent: list[Any] = []
@@ -272,22 +316,28 @@ def test_a_batch_that_fails_is_the_services_fault_and_not_its_end(
 
 
 def test_limits_that_nothing_could_keep_to_are_refused() -> None:
-    for limits in ({"max_batch": 0}, {"timeout": float("nan")}, {"max_images": 9, "max_queue": 8}):
+    nan, endless = float("nan"), float("inf")
+    for limits in (
+        {"max_batch": 0},
+        {"timeout": nan},
+        {"timeout": endless},
+        {"max_wait": endless},
+        {"max_images": 9, "max_queue": 8},
+    ):
         with pytest.raises(ConfigError, match="must be"):
             Limits(**limits)
+    for drain in (-1.0, nan, endless):
+        with pytest.raises(ConfigError, match="drain must be"):
+            serve("no model", drain=drain)
 
 
 # Health, metrics, documentation
 
 
 def test_health_is_good_only_between_start_and_stop(classifier: GarbageClassifier, runtime: Runtime) -> None:
-    runtime.go.clear()
     app = create_app(classifier, model="test")
     with TestClient(app) as client:
-        starting = client.get("/health")
-        assert (starting.status_code, starting.json()["status"]) == (503, "starting")
-        runtime.go.set()
-        wait_until_ready(client)
+        assert runtime.batches == [1]  # the network has run before anybody asks
         ready = client.get("/health").json()
         assert ready == {"status": "ready", "model": "test", "labels": list(LABELS)}
         app.state.draining = True
@@ -295,6 +345,16 @@ def test_health_is_good_only_between_start_and_stop(classifier: GarbageClassifie
         assert (stopping.status_code, stopping.json()["status"]) == (503, "stopping")
         answer = client.post("/predict", files=files(PHOTOS[0]))
         assert answer.status_code == 200 and answer.headers["connection"] == "close"
+
+
+def test_a_network_that_fails_at_first_ends_the_start(
+    classifier: GarbageClassifier, runtime: Runtime, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    runtime.broken = True
+    monkeypatch.setattr(GarbageClassifier, "from_pretrained", lambda model: classifier)
+    with pytest.raises(SystemExit) as end:
+        serve(port=0)
+    assert end.value.code not in (0, None) and "the GPU fell off" in caplog.text
 
 
 def test_metrics_count_what_was_done(client: TestClient) -> None:
@@ -382,10 +442,17 @@ def test_sigterm_under_load_loses_no_request(server: tuple[subprocess.Popen[str]
         socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])))
 
 
+FILLING = ["--max-wait", "2", "--max-batch", "64", "--drain"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("server", [["--drain", "0", "--max-wait", "2", "--max-batch", "64"]], indirect=True)
-def test_what_is_in_hand_when_the_service_stops_is_answered(server: tuple[subprocess.Popen[str], str]) -> None:
-    """Twenty requests wait for their batch to fill when SIGTERM comes, with no time to drain."""
+@pytest.mark.parametrize(
+    ("server", "signals"), [([*FILLING, "0"], 1), ([*FILLING, "600"], 2), ([*FILLING, "0"], 3)], indirect=["server"]
+)
+def test_what_is_in_hand_when_the_service_stops_is_answered(
+    server: tuple[subprocess.Popen[str], str], signals: int
+) -> None:
+    """Twenty requests wait for their batch to fill when SIGTERM comes, with no time to drain or more than once."""
     process, url = server
     statuses: list[int] = []
     ask = lambda: statuses.append(httpx.post(f"{url}/predict", files=files(PHOTOS[0]), timeout=60).status_code)  # noqa: E731
@@ -393,7 +460,9 @@ def test_what_is_in_hand_when_the_service_stops_is_answered(server: tuple[subpro
     for thread in threads:
         thread.start()
     wait_for(lambda: "photos_in_hand 20.0" in httpx.get(f"{url}/metrics").text)
-    process.send_signal(signal.SIGTERM)
+    for _ in range(signals):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)  # the same signal twice at once is one
     for thread in threads:
         thread.join()
     assert statuses == [200] * 20 and process.wait(60) == 0
