@@ -1,7 +1,10 @@
-"""What all tests share: one torch thread, the folder of real photos, and the skip of tests without a GPU."""
+"""What all tests share: one torch thread, the folder of real photos, a browser, and the skip of tests without a GPU."""
 
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +21,20 @@ def data_root() -> Path:
     if not (root / "trashnet").is_dir():
         pytest.skip(f"no photos: {root} has no trashnet/ (set GHOST_RESNET_DATA)")
     return root
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """A real Chromium, without a window, with a camera that is not one."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    path = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
+    if not path:
+        pytest.skip("no Chromium to open pages in")
+    flags = ["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+    with sync_api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=path, args=flags)
+        yield chromium
+        chromium.close()
 
 
 @pytest.fixture(scope="session")
