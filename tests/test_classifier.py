@@ -554,6 +554,9 @@ def test_torch_computes_in_one_thread_only(run_folder: Path, monkeypatch: pytest
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(classifier.predict, [draw(), draw()]))
     assert len(threads) == 5 and len(set(threads)) == 1
+    classifier.runtime.leave_thread()
+    classifier.predict(draw())
+    assert threads[-1] == threading.get_ident()
 
 
 def test_a_network_that_can_t_be_traced_runs_unfolded(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ class TorchRuntime:
         ):
             raise BackendError(f"this CPU does not compute in {precision} natively: take fp32")
         self.dtype = _DTYPES[precision]
-        self._thread = ThreadPoolExecutor(1, "ghost-resnet")
+        self._thread: ThreadPoolExecutor | None = ThreadPoolExecutor(1, "ghost-resnet")
         model = self._thread.submit(self._load, files).result()
         self.model = torch.compile(model) if compile else model
 
@@ -68,7 +68,15 @@ class TorchRuntime:
         return model.to(self.device, self.dtype).to(memory_format=torch.channels_last)
 
     def __call__(self, batch: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        if self._thread is None:
+            return self._run(batch, torch.get_num_threads())
         return self._thread.submit(self._run, batch, torch.get_num_threads()).result()
+
+    def leave_thread(self) -> None:
+        """From now on compute in the thread that asks: for programs that compute with PyTorch there anyway."""
+        if self._thread:
+            self._thread.shutdown()
+        self._thread = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_thread"}
