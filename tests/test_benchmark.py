@@ -1,6 +1,7 @@
 """Speed side by side: that every contestant runs, and that tables say what was measured."""
 
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,15 @@ def test_a_process_is_measured_by_its_own_memory_and_its_failure_is_told() -> No
 def test_no_photos_are_told(tmp_path: Path) -> None:
     with pytest.raises(BenchmarkError, match="expected photos in"):
         bench([], tmp_path)
+
+
+def test_our_networks_compute_in_the_thread_of_their_rivals(run_folder: Path, tmp_path: Path) -> None:
+    """A second thread that computes would slow down all that PyTorch does in the first."""
+    threads: list[int] = []
+    for ours in benchmark._ours(str(run_folder), 32, ["torch"], tmp_path, tmp_path / "work", lambda _: None):
+        ours.network.model.register_forward_hook(lambda *_: threads.append(threading.get_ident()))
+        ours.network(np.zeros((1, 3, 32, 32), np.float32))
+    assert set(threads) == {threading.get_ident()}
 
 
 def test_without_transformers_its_pipeline_is_left_out(
