@@ -73,7 +73,7 @@ def _block_loss(student: Any, teacher: nn.Module, images: Tensor) -> Tensor:
     targets: dict[str, Tensor] = {}
     with torch.no_grad(), watch(teacher, "", targets.__setitem__):
         teacher(images)
-        features = student.maxpool(student.act1(student.bn1(student.conv1(images))))
+        features = stem_features(student, images)
     losses = []
     for name, block in blocks_of(student).items():
         features = block(features.detach())
@@ -136,6 +136,11 @@ def photo_batches(
 def blocks_of(network: nn.Module) -> dict[str, Any]:
     """The residual blocks of a ResNet of timm or torchvision by name, in order."""
     return {name: m for name, m in network.named_modules() if re.fullmatch(r"layer[1-4]\.\d+", name)}
+
+
+def stem_features(network: Any, images: Tensor) -> Tensor:
+    """What the first residual block is given."""
+    return network.maxpool(network.act1(network.bn1(network.conv1(images))))
 
 
 @contextmanager

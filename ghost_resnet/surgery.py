@@ -2,15 +2,15 @@
 
 `from_resnet` copies everything that both networks have and splits each bottleneck's first 1x1 convolution in two
 halves: filters that are kept, and filters whose feature map is replaced by a depthwise 3x3 of a kept one's. With
-nothing but the weights, the maps' statistics are estimated; given images, they are measured. `distill` then trains
-what is left of the difference away.
+nothing but the weights, the maps' statistics are estimated; given images, they are measured, block by block in the
+network as it is by then. `distill` then trains what is left of the difference away.
 """
 
 import copy
 import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from timm.models import clean_state_dict
 from torch import Tensor, nn
 
 from .data import Preprocessing, find_images
-from .distillation import Batches, blocks_of, distill, images_of, photo_batches, watch
+from .distillation import Batches, blocks_of, distill, images_of, photo_batches, stem_features, watch
 from .errors import DataError, SurgeryError
 from .files import is_free
 from .ghost_resnet import GhostResNet
@@ -44,9 +44,12 @@ ARCHS: dict[tuple[int, ...], tuple[str, ...]] = {
 TAPS = 9
 """Of the depthwise kernels, which are 3x3."""
 
+PRIOR_SHARE = 0.5
+"""How much the estimate from the weights counts where pairs are chosen, beside what images say: the best of hundreds of
+candidates is easily the best on these images only."""
+
 PRIOR_POSITIONS = 200
-"""How many positions of calibration images the estimate from the weights is worth: with a handful of photos the
-last stages' statistics are too few to choose among hundreds of maps by."""
+"""How many positions of images it is worth where the chosen pairs' kernels are fitted, ten numbers each."""
 
 CALIBRATION_PHOTOS = 256
 """How many photos `convert` calibrates with, spread over all."""
@@ -64,7 +67,8 @@ def from_resnet(
     Stem, 3x3 and expanding 1x1 convolutions, their batch norms, shortcuts and head are copied bit for bit. Of each
     first 1x1, half the filters are kept; each of the others is replaced by a depthwise 3x3 of one kept filter's
     map. Which, is the minimum-cost perfect matching over all pairs; the cost is what is left of the replaced map
-    after least squares, times its weight in what follows.
+    after least squares, times its weight in what follows. Given images, blocks are fitted in order, each to give
+    the ResNet's maps from what the blocks before it give by then.
 
     Args:
         resnet: A bottleneck ResNet (ResNet-26, 50, 101 or 152) of timm or torchvision, or its state dict. Any
@@ -72,7 +76,8 @@ def from_resnet(
         arch: `ghost_resnet50`, `ghost_resnet101`, `ghost_resnet152` or `ghost_resnet50_cifar`; it must have as many
             blocks as the ResNet. ResNets of other depths become a `ghost_resnet50` with `layers=` theirs.
         calibration: Images `(N, C, H, W)` preprocessed for the ResNet, a tensor or an iterable of batches; a few
-            dozen do. Without, the maps' statistics are estimated from the weights, which is much less exact.
+            dozen do. Their features are kept in memory, 6 MB an image of 224 pixels. Without, the maps' statistics
+            are estimated from the weights, which is less exact.
         stride_on_1x1: Whether the ResNet strides in the first 1x1 ("v1") and not in the 3x3. Read from a model; a
             state dict doesn't tell, and the 3x3 is taken, as in timm and torchvision.
 
@@ -95,15 +100,17 @@ def from_resnet(
     if isinstance(resnet, nn.Module):
         _check_alike(resnet, teacher)
 
+    shared = teacher.state_dict()
+    student.load_state_dict({k: shared.get(k, v) for k, v in student.state_dict().items()})
     device = state["conv1.weight"].device
     with torch.no_grad():
-        moments = _estimate(teacher)
-        if calibration is not None:
-            moments = _measure(teacher, calibration, device, moments)
-        shared = teacher.state_dict()
-        student.load_state_dict({k: shared.get(k, v) for k, v in student.state_dict().items()})
-        for name, block in blocks_of(student).items():
-            _replace_first_1x1(block, blocks_of(teacher)[name], moments[name])
+        estimates = _estimate(teacher)
+        if calibration is None:
+            for name, block in blocks_of(teacher).items():
+                pairs = _match(_fit(estimates[name]).error * _importance(block))
+                _replace_first_1x1(blocks_of(student)[name], block, pairs, estimates[name])
+        else:
+            _calibrate(student.to(device).eval(), teacher.to(device), calibration, estimates)
     return student.to(device).eval()
 
 
@@ -249,55 +256,36 @@ def _check_alike(resnet: nn.Module, teacher: nn.Module) -> None:
 
 @dataclass
 class _Moments:
-    """Means and covariances of a block's `w` first maps, ReLU(bn1(conv1(x))), and of each as the taps of a depthwise
-    3x3 see it."""
+    """What least squares need to make a block's `w` first maps, ReLU(bn1(conv1(x))), of one another by a depthwise 3x3.
 
-    mean: Tensor  # (w,)
-    var: Tensor  # (w,)
-    tap_mean: Tensor  # (w, 9)
-    tap_cov: Tensor  # (w, 9, 9)
-    cross_cov: Tensor  # (w, 9, w): of map j at tap t with map i
+    The maps to make are the ResNet's; those to make them of may be what is left of them in the Ghost-ResNet."""
 
-
-def _measure(
-    teacher: GhostResNet, batches: Batches, device: torch.device, priors: dict[str, _Moments]
-) -> dict[str, _Moments]:
-    """Moments over images, with the estimate from the weights worth `PRIOR_POSITIONS` of their positions."""
-    sums: dict[str, list[Tensor]] = {}
-
-    def add(name: str, maps: Tensor) -> None:
-        new = [value.to("cpu", torch.float64) for value in _sums(maps)]
-        sums[name] = [a + b for a, b in zip(sums[name], new, strict=True)] if name in sums else new
-
-    teacher.to(device)
-    with watch(teacher, "bn1", lambda name, maps: add(name, F.relu(maps))):
-        for images in images_of(batches):
-            teacher(images.to(device))
-    teacher.cpu()
-    if not sums:
-        raise SurgeryError("expected at least one batch of calibration images, got none")
-    return {name: _blend(sums[name], prior) for name, prior in priors.items()}
+    mean: Tensor  # (w,), of the maps to make
+    var: Tensor  # (w,), of the maps to make
+    tap_mean: Tensor  # (w, 9), of the maps to make them of, as the nine taps see them
+    tap_cov: Tensor  # (w, 9, 9), of these
+    cross_cov: Tensor  # (w, 9, w): of map j at tap t with map i to make
 
 
-def _sums(maps: Tensor) -> list[Tensor]:
+def _sums(sources: Tensor, targets: Tensor) -> list[Tensor]:
     """Of maps `(N, w, H, W)`: number of positions, and sums of what `_Moments` holds, uncentred."""
-    seen = F.unfold(maps, 3, padding=1).unflatten(1, (-1, TAPS))
+    seen = F.unfold(sources, 3, padding=1).unflatten(1, (-1, TAPS))
     seen = seen.permute(1, 2, 0, 3).flatten(2)  # (w, 9, N * H * W)
-    flat = maps.transpose(0, 1).flatten(1)
+    flat = targets.transpose(0, 1).flatten(1)
     cross = (seen.flatten(0, 1) @ flat.T).unflatten(0, seen.shape[:2])
-    return [torch.tensor(flat.shape[1]), flat.sum(1), flat.square().sum(1), seen.sum(2), seen @ seen.mT, cross]
+    sums = [torch.tensor(flat.shape[1]), flat.sum(1), flat.square().sum(1), seen.sum(2), seen @ seen.mT, cross]
+    return [value.to("cpu", torch.float64) for value in sums]
 
 
-def _blend(sums: list[Tensor], prior: _Moments) -> _Moments:
-    n, mean, var, tap_mean, tap_cov, cross_cov = sums[0], *(value / sums[0] for value in sums[1:])
-    measured = _Moments(
-        mean,
-        var - mean**2,
-        tap_mean,
-        tap_cov - tap_mean[:, :, None] * tap_mean[:, None],
-        cross_cov - tap_mean[:, :, None] * mean,
-    )
-    weight = PRIOR_POSITIONS / (n + PRIOR_POSITIONS)
+def _measured(batches: Iterable[list[Tensor]]) -> tuple[int, _Moments]:
+    """Number of positions, and moments, from the `_sums` of each batch."""
+    total = [torch.stack(values).sum(0) for values in zip(*batches, strict=True)]
+    mean, square, tap_mean, tap_square, cross = (value / total[0] for value in total[1:])
+    tap_cov = tap_square - tap_mean[:, :, None] * tap_mean[:, None]
+    return int(total[0]), _Moments(mean, square - mean**2, tap_mean, tap_cov, cross - tap_mean[:, :, None] * mean)
+
+
+def _blend(measured: _Moments, prior: _Moments, weight: float) -> _Moments:
     return _Moments(**{k: torch.lerp(v, getattr(prior, k), weight) for k, v in vars(measured).items()})
 
 
@@ -351,15 +339,48 @@ def _rectified(mean: Tensor, cov: Tensor, terms: int = 8) -> tuple[Tensor, Tenso
 # The operation --------------------------------------------------------------------------------------------------
 
 
-def _replace_first_1x1(ghost_block: Any, block: Any, moments: _Moments) -> None:
-    """Fill a Ghost bottleneck's module, the batch norm after it, and the 3x3 in the order of the module's maps."""
+def _calibrate(student: GhostResNet, teacher: GhostResNet, batches: Batches, estimates: dict[str, _Moments]) -> None:
+    """Operate block by block: pairs by the ResNet's own maps, kernels so that the student's give the ResNet's."""
+    importance, theirs = _importance_on(teacher, batches)
+    ours = theirs
+    for name, block in blocks_of(teacher).items():
+
+        def maps(features: Tensor, block: Any = block) -> Tensor:
+            return F.relu(block.bn1(block.conv1(features)))
+
+        _, own = _measured(_sums(maps(x), maps(x)) for x in theirs)
+        error = _fit(_blend(own, estimates[name], PRIOR_SHARE)).error
+        positions, across = _measured(_sums(maps(x), maps(y)) for x, y in zip(ours, theirs, strict=True))
+        moments = _blend(across, estimates[name], PRIOR_POSITIONS / (positions + PRIOR_POSITIONS))
+        ghost_block = blocks_of(student)[name]
+        _replace_first_1x1(ghost_block, block, _match(error * importance[name]), moments)
+        ours, theirs = [ghost_block(x) for x in ours], [block(x) for x in theirs]
+
+
+@dataclass
+class _Fit:
+    """Least squares of every map by a depthwise 3x3 of every map."""
+
+    kernels: Tensor  # (w, 9, w): to make map i from map j
+    error: Tensor  # (w, w): variance of map i that is left over when it is made from map j
+
+
+def _fit(moments: _Moments) -> _Fit:
     kernels = torch.linalg.pinv(moments.tap_cov, rtol=1e-6, hermitian=True) @ moments.cross_cov
-    error = (moments.var - (kernels * moments.cross_cov).sum(1)).clamp_min(0)
-    primary, ghost = _match(error * _importance(block))
+    return _Fit(kernels, (moments.var - (kernels * moments.cross_cov).sum(1)).clamp_min(0))
+
+
+def _replace_first_1x1(ghost_block: Any, block: Any, pairs: tuple[Tensor, Tensor], moments: _Moments) -> None:
+    """Fill a Ghost bottleneck's module, the batch norm after it, and the 3x3 in the order of the module's maps."""
+    primary, ghost = pairs
     order = torch.cat([primary, ghost])
-    kernel, tap_mean, tap_cov = kernels[primary, :, ghost], moments.tap_mean[primary], moments.tap_cov[primary]
+    kernel = _fit(moments).kernels[primary, :, ghost]
+    tap_mean, tap_cov = moments.tap_mean[primary], moments.tap_cov[primary]
     cheap_mean = (kernel * tap_mean).sum(1)
     cheap_var = torch.einsum("ws,wst,wt->w", kernel, tap_cov, kernel)
+    centre = TAPS // 2
+    mean = torch.cat([tap_mean[:, centre], moments.mean[ghost]])
+    var = torch.cat([tap_cov[:, centre, centre], moments.var[ghost]])
 
     module = ghost_block.conv1
     module.primary_conv[0].weight.copy_(block.conv1.weight[primary])
@@ -367,12 +388,42 @@ def _replace_first_1x1(ghost_block: Any, block: Any, moments: _Moments) -> None:
         module.primary_conv[1].state_dict()[key].copy_(value[primary] if value.ndim else value)
     module.cheap_operation[0].weight.copy_(kernel.view_as(module.cheap_operation[0].weight))
     _set_identity(module.cheap_operation[1], cheap_mean, cheap_var, moments.mean[ghost] - cheap_mean)
-    _set_identity(ghost_block.bn1, moments.mean[order], moments.var[order])
+    _set_identity(ghost_block.bn1, mean, var)
     ghost_block.conv2.weight.copy_(block.conv2.weight[:, order])
 
 
+def _importance_on(teacher: Any, batches: Batches) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """How much a unit of white noise in each of a block's first maps changes the answers, and the stem's features.
+
+    The change is the divergence of the predicted classes, to second order: the mean squared gradient of the
+    log-probability of a class that is drawn as predicted (Fisher information). Without a head it is that of features.
+    """
+    importance: dict[str, Tensor] = {}
+    features: list[Tensor] = []
+    generator = torch.Generator().manual_seed(0)
+    for images in images_of(batches):
+        maps: dict[str, Tensor] = {}
+        with torch.enable_grad(), watch(teacher, "act1", maps.__setitem__):
+            output = teacher(images.to(teacher.conv1.weight.device))
+        if teacher.num_classes:
+            drawn = torch.rand(len(images), 1, generator=generator).to(output)
+            likely = output.softmax(1)
+            classes = torch.searchsorted(likely.cumsum(1), drawn).clamp_max(teacher.num_classes - 1)
+            direction = torch.zeros_like(output).scatter(1, classes, 1) - likely
+        else:
+            direction = (torch.rand(output.shape, generator=generator) - 0.5).to(output)
+        gradients = torch.autograd.grad(output, list(maps.values()), direction)
+        for name, gradient in zip(maps, gradients, strict=True):
+            squared = gradient.square().sum((0, 2, 3)).to("cpu", torch.float64)
+            importance[name] = importance.get(name, 0) + squared
+        features.append(stem_features(teacher, images.to(output)))
+    if not features:
+        raise SurgeryError("expected at least one batch of calibration images, got none")
+    return importance, features
+
+
 def _importance(block: Any) -> Tensor:
-    """How much a unit of white noise in each of the first maps weighs in what the block adds to its shortcut."""
+    """The same without images: how much the noise weighs in what the block adds to its shortcut."""
     gain2 = block.bn2.weight / (block.bn2.running_var + block.bn2.eps).sqrt()
     gain3 = block.bn3.weight / (block.bn3.running_var + block.bn3.eps).sqrt()
     after = (block.conv3.weight.flatten(1) * gain3[:, None]).square().sum(0) * gain2**2
