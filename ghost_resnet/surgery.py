@@ -342,7 +342,7 @@ def _rectified(mean: Tensor, cov: Tensor, terms: int = 8) -> tuple[Tensor, Tenso
 def _calibrate(student: GhostResNet, teacher: GhostResNet, batches: Batches, estimates: dict[str, _Moments]) -> None:
     """Operate block by block: pairs by the ResNet's own maps, kernels so that the student's give the ResNet's."""
     importance, theirs = _importance_on(teacher, batches)
-    ours = theirs
+    ours = list(theirs)
     for name, block in blocks_of(teacher).items():
 
         def maps(features: Tensor, block: Any = block) -> Tensor:
@@ -354,7 +354,8 @@ def _calibrate(student: GhostResNet, teacher: GhostResNet, batches: Batches, est
         moments = _blend(across, estimates[name], PRIOR_POSITIONS / (positions + PRIOR_POSITIONS))
         ghost_block = blocks_of(student)[name]
         _replace_first_1x1(ghost_block, block, _match(error * importance[name]), moments)
-        ours, theirs = [ghost_block(x) for x in ours], [block(x) for x in theirs]
+        for i, (x, y) in enumerate(zip(ours, theirs, strict=True)):  # in place: they are most of the memory
+            ours[i], theirs[i] = ghost_block(x), block(y)
 
 
 @dataclass
