@@ -18,7 +18,7 @@ from . import hub
 from .data import ImageSource, Preprocessing, describe, is_tensor, read_image, usable_cores
 from .errors import ConfigError, OverflowedError, UnreadableImageError
 from .export import find_files
-from .runtimes import Runtime, open_runtime
+from .runtimes import Runtime, check_options, open_runtime
 
 logger = logging.getLogger(__name__)
 
@@ -123,6 +123,8 @@ class GarbageClassifier:
             MissingExtraError: It is not installed.
             GhostResNetError: Its files can't be had, or are not what they should be.
         """
+        if backend is not None:
+            check_options(backend, device=device, precision=precision, compile=compile)
         files = find_files(hub.default_tag() if source is None else source, backend)
         if source is None:
             about = files.config["pretrained_cfg"].get("description", "")

@@ -21,7 +21,7 @@ from torchmetrics.functional.classification import (
 )
 
 from .classifier import GarbageClassifier
-from .errors import DataError
+from .errors import DataError, OverflowedError
 from .sources import load_photos
 
 logger = logging.getLogger(__name__)
@@ -227,6 +227,7 @@ def evaluate(
 
     Raises:
         DataError: The photos are not as expected, or some can't be read.
+        OverflowedError: The network gives no finite numbers for a photo.
         MissingExtraError: The library that reads `data` is not installed.
     """
     classifier = source if isinstance(source, GarbageClassifier) else GarbageClassifier.from_pretrained(source)
@@ -242,7 +243,13 @@ def evaluate(
             on_progress(done, len(photos))
     if errors:
         raise DataError(f"{len(errors)} of {len(photos)} photos can't be read:\n" + "\n".join(errors))
-    scaled = np.stack(logits) / classifier.temperature
+    outputs = np.stack(logits)
+    if broken := int((~np.isfinite(outputs).all(1)).sum()):
+        raise OverflowedError(
+            f"the network gives no finite numbers for {broken} of {len(photos)} photos: its weights are damaged, or "
+            "the precision that it computes in is too low for them"
+        )
+    scaled = outputs / classifier.temperature
     metrics = compute_metrics(scaled, photos.targets, classifier.labels, classifier.parameters, classifier.threshold)
     names = [Path(split).name for split in splits]
     return replace(metrics, measured_on=", ".join(names) or f"{'val of' if val else 'all photos in'} {Path(data).name}")

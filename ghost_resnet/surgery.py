@@ -44,7 +44,7 @@ ARCHS: dict[tuple[int, ...], tuple[str, ...]] = {
 TAPS = 9
 """Of the depthwise kernels, which are 3x3."""
 
-PRIOR_SHARE = 0.5
+PRIOR_SHARE = 0.75
 """How much the estimate from the weights counts where pairs are chosen, beside what images say: the best of hundreds of
 candidates is easily the best on these images only."""
 

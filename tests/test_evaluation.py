@@ -14,7 +14,7 @@ from PIL import Image
 import ghost_resnet
 from ghost_resnet import GarbageClassifier, Metrics
 from ghost_resnet.data import Photos, Preprocessing
-from ghost_resnet.errors import DataError, SourceError
+from ghost_resnet.errors import DataError, OverflowedError, SourceError
 from ghost_resnet.evaluation import ClassMetrics, Selective, compute_metrics, evaluate, fit_temperature
 
 
@@ -251,6 +251,13 @@ def test_evaluate_names_every_photo_that_can_t_be_read(classifier: GarbageClassi
     with pytest.raises(DataError, match=r"2 of 6 photos can't be read:") as error:
         evaluate(classifier, folder)
     assert all(str(path) in str(error.value) for path in broken)
+
+
+def test_evaluate_refuses_outputs_that_are_no_finite_numbers(classifier: GarbageClassifier, folder: Path) -> None:
+    classify = classifier.runtime
+    classifier.runtime = lambda batch: np.where(batch[:, 0, :1, 0] > 0.1, np.nan, classify(batch))  # type: ignore
+    with pytest.raises(OverflowedError, match="no finite numbers for 4 of 6 photos: its weights are damaged"):
+        evaluate(classifier, folder)
 
 
 def test_evaluate_refuses_classes_that_the_model_does_not_know(classifier: GarbageClassifier, folder: Path) -> None:

@@ -3,6 +3,7 @@
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -104,6 +105,23 @@ def test_compiled_network_answers_as_the_eager_one(run_folder: Path, images: np.
 )
 def test_torch_refuses_what_it_cannot_do(run_folder: Path, options: dict[str, str], message: str) -> None:
     with pytest.raises(BackendError, match=message):
+        GarbageClassifier.from_pretrained(run_folder, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"backend": "onnx", "precision": "bf16"},
+        {"backend": "onnx", "compile": True},
+        {"backend": "openvino", "precision": "fp16"},
+        {"backend": "openvino", "device": "cuda"},
+    ],
+)
+def test_nothing_is_exported_for_what_a_back_end_does_nowhere(
+    run_folder: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ghost_resnet.classifier.find_files", lambda *_: pytest.fail("looked for files"))
+    with pytest.raises(BackendError, match=f"the {options['backend']} back end"):
         GarbageClassifier.from_pretrained(run_folder, **options)
 
 

@@ -48,25 +48,40 @@ def open_runtime(
         GhostResNetError: The files are not what they should be.
     """
     (backend,) = (name for name, suffix in BACKENDS.items() if suffix == files.weights.suffix)
+    check_options(backend, device=device, precision=precision, compile=compile)
     if backend == "torch":
         from .torch import TorchRuntime
 
         return TorchRuntime(files, device, precision, compile)
-    if device not in (None, "cpu") or compile:
-        raise BackendError(
-            f"the {backend} back end runs on the CPU and compiles by itself: leave out device and compile"
-        )
     if backend == "openvino":
         from .openvino import OpenVinoRuntime
 
         return OpenVinoRuntime(files, precision)
-    if precision not in (None, "fp32"):
-        raise BackendError(
-            f"the onnx back end computes in the precision of the file: leave out precision={precision!r}"
-        )
     from .onnx import OnnxRuntime
 
     return OnnxRuntime(files)
+
+
+def check_options(
+    backend: str, *, device: str | None = None, precision: str | None = None, compile: bool = False
+) -> None:
+    """Refuse what a back end can do on no machine, before anything is exported for it.
+
+    Raises:
+        BackendError: The back end can't honour an argument of `open_runtime`.
+    """
+    if backend == "torch":
+        return
+    if device not in (None, "cpu") or compile:
+        raise BackendError(
+            f"the {backend} back end runs on the CPU and compiles by itself: leave out device and compile"
+        )
+    if backend == "onnx" and precision not in (None, "fp32"):
+        raise BackendError(
+            f"the onnx back end computes in the precision of the file: leave out precision={precision!r}"
+        )
+    if backend == "openvino" and precision not in (None, "fp32", "bf16"):
+        raise BackendError(f"the openvino back end computes in fp32, bf16, got precision {precision!r}")
 
 
 def exported_parameters(files: hub.ModelFiles) -> int:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from .. import hub
 from ..errors import BackendError, WeightsError
 from ..extras import require
-from . import check_signature, exported_parameters
+from . import check_options, check_signature, exported_parameters
 
 _HINTS = {"fp32": "f32", "bf16": "bf16"}
 
@@ -29,7 +29,7 @@ class OpenVinoRuntime:
             natively. None means fp32, so that an answer does not depend on the CPU.
 
     Raises:
-        BackendError: The CPU does not compute in bf16.
+        BackendError: The CPU does not compute in bf16, or the back end not in what was asked for.
         MissingExtraError: openvino is not installed.
         ConfigError: The configuration does not fit the file.
         WeightsError: The file can't be read.
@@ -39,8 +39,7 @@ class OpenVinoRuntime:
         ov = require("openvino", "openvino")
         if files.weights.suffix != ".xml":
             raise BackendError(f"the openvino back end runs .xml files, got {files.weights}")
-        if (precision or "fp32") not in _HINTS:
-            raise BackendError(f"the openvino back end computes in {', '.join(_HINTS)}, got precision {precision!r}")
+        check_options("openvino", precision=precision)
         self.parameters = exported_parameters(files)
         self._core = core = ov.Core()
         if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
