@@ -55,6 +55,7 @@ CALIBRATION_PHOTOS = 256
 """How many photos `convert` calibrates with, spread over all."""
 
 
+@torch.inference_mode(False)  # gradients are needed, and the network is to be trained
 def from_resnet(
     resnet: nn.Module | Mapping[str, Tensor],
     arch: str = "ghost_resnet50",
@@ -402,10 +403,12 @@ def _importance_on(teacher: Any, batches: Batches) -> tuple[dict[str, Tensor], l
     importance: dict[str, Tensor] = {}
     features: list[Tensor] = []
     generator = torch.Generator().manual_seed(0)
-    for images in images_of(batches):
+    for batch in images_of(batches):
+        images = batch.clone() if batch.is_inference() else batch
+        images = images.to(teacher.conv1.weight.device)
         maps: dict[str, Tensor] = {}
         with torch.enable_grad(), watch(teacher, "act1", maps.__setitem__):
-            output = teacher(images.to(teacher.conv1.weight.device))
+            output = teacher(images)
         if teacher.num_classes:
             drawn = torch.rand(len(images), 1, generator=generator).to(output)
             likely = output.softmax(1)
@@ -417,7 +420,7 @@ def _importance_on(teacher: Any, batches: Batches) -> tuple[dict[str, Tensor], l
         for name, gradient in zip(maps, gradients, strict=True):
             squared = gradient.square().sum((0, 2, 3)).to("cpu", torch.float64)
             importance[name] = importance.get(name, 0) + squared
-        features.append(stem_features(teacher, images.to(output)))
+        features.append(stem_features(teacher, images))
     if not features:
         raise SurgeryError("expected at least one batch of calibration images, got none")
     return importance, features

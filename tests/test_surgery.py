@@ -166,6 +166,16 @@ def test_timm_torchvision_and_a_state_dict_give_the_same() -> None:
     assert_equal(from_resnet(parallel, calibration=[(images, "label")]), student)
 
 
+def test_no_mode_of_autograd_stands_in_the_way() -> None:
+    teacher = resnet(unlike=1.0)
+    expected = from_resnet(teacher, calibration=draw(8, seed=3))
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            student = from_resnet(teacher, calibration=draw(8, seed=3))
+        assert_equal(student, expected)
+        student(draw(2, seed=4)).sum().backward()
+
+
 def test_batches_are_summed_up() -> None:
     teacher, images = resnet(unlike=1.0), draw(8, seed=3)
     whole, parts = (from_resnet(teacher, calibration=batches) for batches in (images, images.split(3)))
