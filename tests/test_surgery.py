@@ -130,6 +130,17 @@ def test_kept_filters_keep_batch_norm_and_their_place_in_the_next_convolution() 
         assert {tuple(row) for row in replaced.tolist()} == {tuple(row) for row in expected.tolist()}
 
 
+@pytest.mark.parametrize("calibration", [None, draw(8, seed=3)], ids=["weights", "calibration"])
+def test_what_the_answers_do_not_depend_on_is_replaced_first(calibration: Tensor | None) -> None:
+    teacher = resnet(unlike=2.0)
+    for block in blocks(teacher):
+        block.conv2.weight.data[:, ::2] = 0  # half of the first maps go nowhere
+    student = from_resnet(teacher, calibration=calibration)
+    for old, new in zip(blocks(teacher), blocks(student), strict=True):
+        kept = {tuple(filter_) for filter_ in new.conv1.primary_conv[0].weight.flatten(1).tolist()}
+        assert kept == {tuple(filter_) for filter_ in old.conv1.weight[1::2].flatten(1).tolist()}
+
+
 def test_batch_norms_hold_the_statistics_of_what_they_see(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ghost_resnet.surgery.PRIOR_POSITIONS", 0)
     images = draw(8, seed=3)
