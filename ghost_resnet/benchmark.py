@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
+import timeit
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -58,7 +59,9 @@ VARIANTS = (
 )
 """Back ends and precisions in which our networks run; those that this machine lacks are left out."""
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
-GEMM_SIDE = 2048
+GEMM_SIDES = 256, 512, 1024, 2048
+"""Sides of the matrices whose product gives the machine's peak, in turn, up to the first that takes `GEMM_SECONDS`."""
+GEMM_SECONDS = 0.1
 
 Batch = npt.NDArray[np.float32]
 
@@ -90,7 +93,8 @@ class Row:
         folder: Photos a second from files, reading and decoding included.
         memory: Largest resident memory of a process that predicts the photos, in MB.
         cold_start: Seconds from starting a process to its answer for one photo.
-        share_of_peak: Multiply-adds a second, of those of a large matrix product in the same precision.
+        share_of_peak: Multiply-adds a second, of those of a large matrix product in the same precision, or in fp32
+            where that is faster because PyTorch has no kernel of the precision for this CPU.
     """
 
     name: str
@@ -428,23 +432,29 @@ def _process(command: list[str]) -> tuple[float, float]:
 
 
 def _gemm(precision: str) -> float:
-    """Multiply-adds a second of a large matrix product, the best of five."""
-    shape = GEMM_SIDE, GEMM_SIDE
-    multiply: Callable[[], object]
-    if precision == "int8":
-        a, b = (torch.randint(-128, 127, shape, dtype=torch.int8) for _ in range(2))
-        multiply = lambda: torch._int_mm(a, b)  # noqa: E731  # the only int8 product that torch has
-    else:
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        x, y = (torch.randn(shape).to(dtype) for _ in range(2))
-        multiply = lambda: x @ y  # noqa: E731
-    multiply()
-    times = []
-    for _ in range(5):
-        started = time.perf_counter()
+    """Multiply-adds a second of a large matrix product, the best of five.
+
+    Where PyTorch has no kernel for this CPU, its loops would take minutes over a large one, so sides grow up to the
+    first that takes its time.
+    """
+    speed = 0.0
+    for side in GEMM_SIDES:
+        multiply = _product(precision, side)
         multiply()
-        times.append(time.perf_counter() - started)
-    return GEMM_SIDE**3 / min(times)
+        seconds = min(timeit.repeat(multiply, number=1, repeat=5))
+        speed = side**3 / seconds
+        if seconds > GEMM_SECONDS:
+            break
+    return speed
+
+
+def _product(precision: str, side: int) -> Callable[[], object]:
+    if precision == "int8":
+        a, b = (torch.randint(-128, 127, (side, side), dtype=torch.int8) for _ in range(2))
+        return lambda: torch._int_mm(a, b)  # the only int8 product that torch has
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    x, y = (torch.randn(side, side).to(dtype) for _ in range(2))
+    return lambda: x @ y
 
 
 def _row(
@@ -460,7 +470,7 @@ def _row(
         Spread.of(values["folder"]),
         values["memory"][0],
         Spread.of(values["cold"]),
-        throughput.median * contestant.multiply_adds / gemm[contestant.precision],
+        throughput.median * contestant.multiply_adds / max(gemm["fp32"], gemm[contestant.precision]),
     )
 
 

@@ -2,12 +2,14 @@
 
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import timm
+import torch
 from drawing import write_folder
 from typer.testing import CliRunner
 
@@ -81,6 +83,31 @@ def test_a_process_is_measured_by_its_own_memory_and_its_failure_is_told() -> No
 def test_no_photos_are_told(tmp_path: Path) -> None:
     with pytest.raises(BenchmarkError, match="expected photos in"):
         bench([], tmp_path)
+
+
+@pytest.mark.parametrize("seconds, sides", [(0.0, [256, 512, 1024, 2048]), (0.11, [256])])
+def test_the_machines_peak_is_measured_with_small_products_where_torch_has_no_kernel(
+    seconds: float, sides: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With AVX2 alone an int8 product of side 2048 takes PyTorch a quarter of a minute."""
+    seen: dict[int, int] = {}
+
+    def product(a: torch.Tensor, b: torch.Tensor) -> None:
+        assert a.shape == b.shape and a.dtype == b.dtype == torch.int8
+        seen[len(a)] = seen.get(len(a), 0) + 1
+        time.sleep(seconds)
+
+    monkeypatch.setattr(torch, "_int_mm", product)
+    speed = benchmark._gemm("int8")
+    assert seen == dict.fromkeys(sides, 6)
+    assert speed == pytest.approx(256**3 / seconds, rel=0.5) if seconds else speed > 1e9
+
+
+def test_share_of_the_peak_is_of_fp32s_where_that_is_faster() -> None:
+    values = {key: [2.0] for key in ("latency", "throughput", "folder", "cold", "memory")}
+    contestant = benchmark.Contestant("net", "int8", 10, lambda batch: None, lambda paths: (), [])
+    assert benchmark._row(contestant, 1, values, {"fp32": 40.0, "int8": 8.0}).share_of_peak == 0.5
+    assert benchmark._row(contestant, 1, values, {"fp32": 40.0, "int8": 200.0}).share_of_peak == 0.1
 
 
 def test_our_networks_compute_in_the_thread_of_their_rivals(run_folder: Path, tmp_path: Path) -> None:
