@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from drawing import draw, write_folder
+from PIL import Image
 from torch import nn
 
 from ghost_resnet import GarbageClassifier, hub
@@ -174,9 +175,39 @@ def test_onnx_int8_computes_every_convolution_in_int8(
     onnxruntime.InferenceSession(out / "model.onnx", options)
     kinds = [node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node]
     assert "Conv" not in kinds and kinds.count("QLinearConv") > 15
+    weights = [onnx.numpy_helper.to_array(t) for t in onnx.load(out / "model.onnx").graph.initializer]
+    kernels = [array for array in weights if array.dtype == np.int8 and array.ndim == 4]
+    assert len(kernels) > 15
+    # instructions before VNNI add two products of uint8 and int8 in 16 bits
+    assert all(2 * 255 * np.abs(kernel.astype(int)).max() < 2**15 for kernel in kernels)
     original = GarbageClassifier.from_pretrained(run_folder)
     same = logits(GarbageClassifier.from_pretrained(out), photos).argmax(1) == logits(original, photos).argmax(1)
     assert same.mean() >= module.AGREEMENT
+
+
+@pytest.mark.ecosystem
+@pytest.mark.slow
+def test_one_extreme_photo_does_not_coarsen_onnx_int8(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need("onnx")
+    monkeypatch.setattr(module, "AGREEMENT", 0.0)
+    import onnx
+
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number in range(9):
+        pixels = np.full((32, 32, 3), 128, np.uint8)
+        if not number:
+            pixels[:16], pixels[16:] = 0, 255
+        Image.fromarray(pixels).save(photos / f"{number}.png")
+    out = export(run_folder, tmp_path / "out", precision="int8", photos=photos)
+    graph = onnx.load(out / "model.onnx").graph
+    first = next(
+        node for node in graph.node if node.op_type == "QuantizeLinear" and node.input[0] == graph.input[0].name
+    )
+    scale = next(onnx.numpy_helper.to_array(t) for t in graph.initializer if t.name == first.input[1])
+    assert 0 < 255 * float(scale) < 3.0  # of 4.0 from black to white, which one photo in nine has
 
 
 # Refusals
