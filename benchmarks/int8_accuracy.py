@@ -5,8 +5,8 @@
         --photos ../shared/data/imagenet-sample --limit 250
 
 prints a Markdown table with a row for each: top-1 accuracy on the photos of `--list`; and there and on `--limit` photos
-of `--photos` (other things, taken evenly) the share of photos with the same most likely class as the original's, and the
-mean divergence (Kullback-Leibler, in nats) of the probabilities from the original's.
+of `--photos` (other things, taken evenly) the share of photos with the same most likely class as the original's, and
+the mean divergence (Kullback-Leibler, in nats) of the probabilities from the original's.
 """
 
 import argparse
